@@ -6,6 +6,7 @@ The sum of the experts and the shared one is added to the stream.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Llama4ForConditionalGeneration(modeling_llama4.Llama4ForConditionalGenerat
     """The model, which has the outputs of its language model for texts. transformers 5.24 computes them and then fails,
     because it looks for an attribute `image_outputs` in them."""
 
+    @wraps(modeling_llama4.Llama4ForConditionalGeneration.forward)  # its arguments tell what takes the cache
     def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **options: Any) -> Any:
         """The outputs of the language model, or what transformers makes of pictures."""
         if pixel_values is None:

@@ -165,17 +165,23 @@ def test_texts_pass_by_the_blocks_that_attend_to_pictures() -> None:
 
 
 @pytest.mark.slow
-def test_a_cache_that_texts_do_not_fill_is_refused(tmp_path: Path) -> None:
-    hub = decoder_files(tmp_path / "hub", built(SEEING["mllama"]))
-    with pytest.raises(ModelError, match=r"layers.1.cross_attn caches no keys and values .*; use quant.kv_cache=null"):
-        run_in(tmp_path / "run", hub, *OPTIONS, "quant.kv_cache=fp8")
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("mllama", "layers.1.cross_attn"), ("llama4", "vision_model.model.layers.0.self_attn")]
+)
+def test_a_cache_that_texts_do_not_fill_is_refused(kind: str, attention: str, tmp_path: Path) -> None:
+    hub = decoder_files(tmp_path / "hub", built(SEEING[kind]))
+    options = [*OPTIONS, "quant.kv_cache=fp8", *(["pack.engine=vllm", "group_size=32"] if kind == "llama4" else [])]
+    with pytest.raises(ModelError, match=f"{attention} caches no keys and values .*; use quant.kv_cache=null"):
+        run_in(tmp_path / "run", hub, *options)
 
 
 @pytest.mark.slow
 def test_llama_4_with_images_runs_on_texts(tmp_path: Path) -> None:
-    """Dense checkpoints load in transformers, packed ones in epmq. The whole model fails in transformers 5.24."""
+    """Dense checkpoints load in transformers, packed ones in epmq. The whole model fails in transformers 5.24. Texts
+    that the experts generate need the cache's argument of the model."""
     hub = decoder_files(tmp_path / "hub", built(SEEING["llama4"]))
-    dense, packed = [*OPTIONS, "pack=dense"], [*OPTIONS, "pack.engine=vllm", "group_size=32"]
+    dense = [*OPTIONS, "pack=dense", "calib.source=generate", "calib.samples=4"]
+    packed = [*OPTIONS, "pack.engine=vllm", "group_size=32"]
     checkpoint = run_in(tmp_path / "dense", hub, *dense)
     public, info = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
     assert not any(info.values())

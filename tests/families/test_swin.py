@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SwinConfig, SwinForImageClassification, SwinModel
+from transformers import AutoModel, SwinConfig, SwinForImageClassification, SwinModel
 
 from epmq_cli.errors import ModelError
 from epmq_cli.families import FAMILIES
+from epmq_cli.merge.average import Average
 from epmq_cli.models.model_folder import ModelFolder
 from epmq_cli.models.windows import WindowedLayer, in_windows
 from tests.helpers.architectures import built
-from tests.helpers.minihub import SWIN
+from tests.helpers.lone import assert_same, merged_folder, suite_of
+from tests.helpers.minihub import SWIN, build
 
 FAMILY = FAMILIES["swin"]
 PICTURES = {"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
@@ -81,3 +83,11 @@ def test_windows_that_do_not_fill_a_picture_are_refused(changes: dict[str, Any],
     SwinModel(SwinConfig(**{**SWIN, **changes})).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"windows that fill the picture: those of stage {stage} have 4 x 4 patches"):
         FAMILY.settings(ModelFolder(tmp_path, "base"))
+
+
+@pytest.mark.slow
+def test_a_merge_of_one_expert_is_that_expert(tmp_path: Path) -> None:
+    hub = build(tmp_path, "swin")
+    suite = suite_of("swin", hub / "base", {"first": hub / "first"})
+    merged = merged_folder(tmp_path / "merged", suite, method=Average())
+    assert_same(AutoModel.from_pretrained(merged), AutoModel.from_pretrained(hub / "first"), PICTURES)

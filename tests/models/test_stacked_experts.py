@@ -27,6 +27,7 @@ from tests.helpers.lone import merged_folder, suite_of
 from tests.helpers.minihub import decoder_files
 from tests.helpers.packs import exporter_of
 from tests.helpers.tiers import first
+from tests.models.lora.test_adapter import adapter
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9], [3, 2, 1, 5, 9, 9]])
 FAMILY = FAMILIES["causal_lm"]
@@ -79,10 +80,29 @@ def test_a_merge_of_one_expert_writes_its_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_an_adapter_beside_the_experts_matches_peft(tmp_path: Path) -> None:
+    model = built(TAKEN["llama4_text"])
+    model.save_pretrained(tmp_path / "base")
+    wanted = adapter(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], r=4)
+    base = open_base(tmp_path / "base", "base")
+    expert = open_expert(tmp_path / "adapter", "expert", base, [*base.infos])
+    changed = set()
+    for name in base.infos:
+        if ".experts." not in name:
+            torch.testing.assert_close(expert.tensor(name), wanted[name], rtol=0, atol=1e-6)
+        changed |= set() if torch.equal(expert.tensor(name), base.tensor(name)) else {name}
+    parts = ("0.feed_forward.down_proj", "1.feed_forward.shared_expert.down_proj", "0.self_attn.q_proj")
+    assert changed == {f"model.layers.{part}.weight" for part in (*parts, "1.self_attn.q_proj")}
+
+
+@pytest.mark.slow
 def test_packed_checkpoints_have_a_tensor_for_each_linear(tmp_path: Path) -> None:
-    """As vLLM reads them."""
+    """As vLLM reads them; scales of a cache too."""
     hub = decoder_files(tmp_path / "hub", built(TAKEN["llama4_text"]))
     options = ["suite.family=auto", "guidance=feature", "pack.engine=vllm", "group_size=32", "eval.samples=4"]
+    options += ["quant.kv_cache=fp8"]
     checkpoint = run_in(tmp_path / "run", hub, *options)
     student: Any = walk(hub, *options).student
     with torch.inference_mode():
