@@ -17,10 +17,10 @@ from epmq_cli.checkpoint.gguf.blocks import SUPER, check_blocks, kind_of
 from epmq_cli.checkpoint.gguf.tokenizer import check_tokenizer
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
+from epmq_cli.models.conv1d import is_turned
 from epmq_cli.models.mixtures import MIXTURES
 from epmq_cli.models.model_folder import head_width
 from epmq_cli.models.pretrained import DENSE_ONLY, from_folder
-from epmq_cli.models.stored import has_own_layout
 from epmq_cli.quantize.formats.format import NumberFormat, ZeroPoints
 from epmq_cli.quantize.formats.names import in_groups, labels
 
@@ -74,9 +74,9 @@ class Engine:
     different formats, but for the families `unmixed`. `multiple`: what inputs and outputs must be multiples of.
     `fused`: the last names of linears that it multiplies with as one. `heads`: the widths of attention heads that it
     takes, empty for all. `experts`: the packed weights that it takes in mixtures of experts. `lacks`: the model types
-    that it does not know. `own_layouts`: whether it takes packed weights of GPT-2 and Llama 4. `tested`: whether `make
-    engines` proves this, or we know it from the engine's sources. `command`: loads the checkpoint in a shell, see
-    `shell_commands` in loading_code.py; empty if only Python does.
+    that it does not know. `conv1d`: whether it takes packed weights of GPT-2. `tested`: whether `make engines` proves
+    this, or we know it from the engine's sources. `command`: loads the checkpoint in a shell, see `shell_commands` in
+    loading_code.py; empty if only Python does.
     """
 
     title: str
@@ -89,7 +89,7 @@ class Engine:
     heads: tuple[int, ...] = ()
     experts: tuple[Kernel, ...] = ()
     lacks: tuple[str, ...] = ()
-    own_layouts: bool = True
+    conv1d: bool = True
     tested: bool = True
     command: str = ""
 
@@ -141,10 +141,10 @@ class Engine:
             )
         if formats and kind in DENSE_ONLY:
             return f"{self.title} takes models of type {kind} with dense weights only; use {DENSE}"
-        if formats and has_own_layout(base.config) and not self.own_layouts:
+        if formats and is_turned(base.config) and not self.conv1d:
             return (
-                f"{self.title} loads models of type {kind} with dense weights only, because it has no linear for each "
-                "of their matrices; use pack=dense, or another engine, such as pack.engine=vllm"
+                f"{self.title} loads models of type {kind} with dense weights only, because their linears are of "
+                "the class Conv1D; use pack=dense, or another engine, such as pack.engine=vllm"
             )
         if formats and kind in MIXTURES:
             return self._experts_refusal(formats)

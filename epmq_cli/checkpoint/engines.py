@@ -17,7 +17,7 @@ from epmq_cli.checkpoint.exporter import Exporter
 from epmq_cli.config.instantiate import option_name
 from epmq_cli.errors import ConfigError
 from epmq_cli.families.family import Family
-from epmq_cli.models.stored import has_own_layout
+from epmq_cli.models.conv1d import is_turned
 from epmq_cli.quantize.formats.format import NumberFormat
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ ENGINES: Mapping[str, Engine] = {
             *(Kernel(name) for name in ("w4a8", "fp8_dynamic", "fp8_static", *MX[:2], "mxfp6a16", "mxfp6a8")),
             Kernel("fp8", groups=(ROWS,)),
         ),
-        own_layouts=False,
+        conv1d=False,
     ),
     "vllm": Vllm(
         "vLLM on CUDA",
@@ -118,10 +118,10 @@ def check_engine_model(
 ) -> None:
     """The same for the shapes of a model, its architecture and tokenizer; called before anything is calibrated.
 
-    If no option names an engine, transformers must load packed weights of GPT-2 and Llama 4, because it would put
-    random numbers in the place of those that it does not know."""
+    If no option names an engine, transformers must load packed weights of GPT-2, because it would put random numbers in
+    the place of those that it does not know."""
     required, packed = dict(_required(exporter)), _packed(exporter, formats)
-    if not required and has_own_layout(base.config):
+    if not required and is_turned(base.config):
         required = {f"pack={_pack(exporter)}": ENGINES["transformers"]}
     for option, engine in required.items():
         _raise(option, engine.model_refusal(family, linears, packed, base))

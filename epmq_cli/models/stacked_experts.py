@@ -2,7 +2,7 @@
 
 To the rest of epmq each matrix of an expert is a linear with a weight (out, in), as in files of other mixtures. Tensors
 are taken apart when they are read (`apart`) and stacked when dense ones are written (`stacked`). Packed experts keep a
-tensor for each linear, which is what vLLM reads.
+tensor for each linear, which is what transformers and vLLM read.
 """
 
 from __future__ import annotations

@@ -13,12 +13,6 @@ if TYPE_CHECKING:
     from epmq_cli.store.safetensors_writer import Entry
 
 
-def has_own_layout(config: Mapping[str, Any]) -> bool:
-    """Whether files of models with this config.json hold anything but a matrix (out, in) for each linear. The config
-    may be damaged."""
-    return conv1d.is_turned(config) or stacked_experts.is_stacked(config)
-
-
 def as_linears(config: Mapping[str, Any], tensors: Named) -> Named:
     """The stored tensors of a model with this config.json, with a weight (out, in) for each linear."""
     return stacked_experts.apart(config, conv1d.upright(config, tensors))

@@ -177,7 +177,7 @@ def test_a_cache_that_texts_do_not_fill_is_refused(kind: str, attention: str, tm
 
 @pytest.mark.slow
 def test_llama_4_with_images_runs_on_texts(tmp_path: Path) -> None:
-    """Dense checkpoints load in transformers, packed ones in epmq. The whole model fails in transformers 5.24. Texts
+    """Dense and packed checkpoints load in transformers. The whole model fails in transformers 5.24. Texts
     that the experts generate need the cache's argument of the model."""
     hub = decoder_files(tmp_path / "hub", built(SEEING["llama4"]))
     dense = [*OPTIONS, "pack=dense", "calib.source=generate", "calib.samples=4"]
@@ -194,6 +194,8 @@ def test_llama_4_with_images_runs_on_texts(tmp_path: Path) -> None:
         checkpoint = run_in(tmp_path / "packed", hub, *packed)
         student = walk(hub, *packed).student
         assert torch.equal(epmq_cli.load(checkpoint, "cpu", "dequantize")(IDS).logits, student(IDS).logits)
+        public = AutoModelForImageTextToText.from_pretrained(checkpoint).eval().language_model
+        torch.testing.assert_close(public(IDS).logits, student(IDS).logits, rtol=0, atol=1e-6)
     names = {name for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)}
     blocks = {block.name(name) for block in FAMILY.blocks(student) for name in block.linears}
     assert {*json.loads((checkpoint / "config.json").read_text())["quantization_config"]["ignore"]} == names - blocks

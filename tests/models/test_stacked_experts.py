@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import epmq_cli
 from epmq_cli.checkpoint.engine import Base
@@ -99,7 +100,7 @@ def test_an_adapter_beside_the_experts_matches_peft(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_packed_checkpoints_have_a_tensor_for_each_linear(tmp_path: Path) -> None:
-    """As vLLM reads them; scales of a cache too."""
+    """As transformers and vLLM read them; scales of a cache too."""
     hub = decoder_files(tmp_path / "hub", built(TAKEN["llama4_text"]))
     options = ["suite.family=auto", "guidance=feature", "pack.engine=vllm", "group_size=32", "eval.samples=4"]
     options += ["quant.kv_cache=fp8"]
@@ -110,15 +111,16 @@ def test_packed_checkpoints_have_a_tensor_for_each_linear(tmp_path: Path) -> Non
     stored = load_file(checkpoint / "model.safetensors")
     assert f"{GATE}_packed" in stored
     assert not any(name.endswith("gate_up_proj") for name in stored)
+    public, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "mismatched_keys"))
+    with torch.inference_mode():
+        torch.testing.assert_close(public.eval()(IDS).logits, student(IDS).logits, rtol=0, atol=1e-6)
 
 
-def test_packed_weights_need_an_engine_that_takes_them() -> None:
-    """transformers would put random numbers in their place."""
+def test_engines_that_take_packed_experts() -> None:
+    """Oracle: docs/checkpoint.md."""
     llama4 = Base({"model_type": "llama4_text"}, None)
-    for engine in (None, "transformers"):
-        with pytest.raises(ConfigError, match="transformers loads models of type llama4_text with dense weights only"):
-            check_engine_model(exporter_of("compressed_tensors", engine=engine), FAMILY, {}, [ints(4, 64)], llama4)
-        check_engine_model(exporter_of("dense", engine=engine), FAMILY, {}, [ints(4, 64)], llama4)
-    check_engine_model(exporter_of("compressed_tensors", engine="vllm"), FAMILY, {}, [ints(4, 64)], llama4)
+    for engine in (None, "transformers", "vllm"):
+        check_engine_model(exporter_of("compressed_tensors", engine=engine), FAMILY, {}, [ints(4, 64)], llama4)
     with pytest.raises(ConfigError, match="vLLM on CPUs takes mixtures of experts with dense weights only"):
         check_engine_model(exporter_of("compressed_tensors", engine="vllm_cpu"), FAMILY, {}, [ints(4, 64)], llama4)
