@@ -90,17 +90,22 @@ class Samples:
         return self.take(order[:count].sort().values.tolist())
 
     def by_length(self) -> Samples:
-        """Texts sorted from short to long, which reduces padding; images unchanged."""
+        """Texts, or their tokens, sorted from short to long, which reduces padding; images unchanged."""
         return self.take(self.order_by_length()) if self._texts else self
 
     def order_by_length(self) -> list[int]:
-        """The positions of texts from short to long; of images in their order."""
+        """The positions of texts, or of their tokens, from short to long; of images in their order."""
         places = list(range(len(self)))
-        return sorted(places, key=lambda i: sum(map(len, self.inputs[i]))) if self._texts else places
+        return sorted(places, key=lambda i: _length(self.inputs[i])) if self._texts else places
 
     @property
     def _texts(self) -> bool:
-        return len(self) > 0 and isinstance(self.inputs[0], (str, tuple))
+        return len(self) > 0 and isinstance(self.inputs[0], (str, tuple, torch.Tensor))
+
+
+def _length(text: str | tuple[str, ...] | Tensor) -> int:
+    """Letters of a text or of a pair, or tokens."""
+    return sum(map(len, text)) if isinstance(text, tuple) else len(text)
 
 
 def quantiles(labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from epmq_cli.data.batching import Batch, Collate
 from epmq_cli.data.documents import token_blocks
 from epmq_cli.data.mixture import Mixture
 from epmq_cli.data.samples import Samples, Source, Split
-from epmq_cli.data.suite import Task
+from epmq_cli.data.suite import TEXT_METRICS, Task
 from epmq_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def check_some(task: str, split: Split, count: int) -> None:
 
 
 def scored_source(task: Task) -> Source:
-    """The source of a task's test samples: perplexity needs no labels, so its samples have none."""
+    """The source of a task's test samples, without labels for metrics that need none."""
     data: Any = task.data
-    if task.metric == "perplexity" and getattr(data, "label", None) is not None and is_dataclass(data):
+    if task.metric in ("perplexity", *TEXT_METRICS) and getattr(data, "label", None) is not None and is_dataclass(data):
         data = replace(data, label=None)  # type: ignore[type-var]
     return data  # type: ignore[no-any-return]
 

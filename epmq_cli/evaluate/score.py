@@ -65,9 +65,10 @@ class ScoredTask:
 
     `classes`: their number, for tasks without heads; `names`: the names of the head's classes. `processor`: the folder
     of the tokenizer or image processor, if it is not the base's. For perplexity `samples` has one input, the tokens of
-    all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart; `talks`: whether
-    any of them is a conversation. `decode`: turns predictions into texts, for metrics of texts. `ranking`: the queries
-    and documents of the samples, if the metric is of their order.
+    all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart. `talks`: whether
+    any document of a language model is a conversation; `text`: the tokens of all of them. `decode`: turns predictions
+    into texts, for metrics of texts. `ranking`: the queries and documents of the samples, if the metric is of their
+    order.
     """
 
     name: str
@@ -82,6 +83,7 @@ class ScoredTask:
     processor: Path | None = None
     names: tuple[str, ...] | None = None
     talks: bool | None = None
+    text: Tensor | None = None
     decode: Decode | None = None
     ranking: Ranking | None = None
 
@@ -223,7 +225,7 @@ class Scorer:
             texts = (task.ranking.queries, task.ranking.documents)
             queries, documents = (self._predictions(model, task, Samples(own), advance) for own in texts)
             return ranked_score(task.metric, task.ranking, lambda some: language.similarities(queries[some], documents))
-        if not isinstance(language, LanguageModel):
+        if not isinstance(language, LanguageModel) or task.decode is not None:
             predictions = self._predictions(model, task, task.samples, advance)
             if task.decode is not None:
                 assert task.samples.references is not None

@@ -27,6 +27,7 @@ CLOCK = (
 )
 AS_RENDERED = {"add_special_tokens": False, "verbose": False}  # the chat template writes special tokens itself
 WORDS = "Lorem ipsum"  # a user's words, to find the place of the first ones in a template
+ANSWER = "Dolor sit"  # an answer to them
 ASSISTANT = "assistant"
 THOUGHT = "</think>"  # templates drop the text of earlier answers in front of it
 
@@ -37,9 +38,8 @@ def chat_ids(
     """The token ids (tokens,) of each conversation by the chat template of `processor`, or of `folder` if that has
     none; both as for TaskAdapter.collate. `answers`: (tokens, 2), with 1 beside the tokens of the assistant's words and
     the token behind them, which ends an answer, and 0 beside others."""
-    encode, tokenizer = tokens(folder, processor=processor), own_tokenizer(folder, processor)
-    if processor and not tokenizer.chat_template and processor_files(folder, "texts"):
-        processor, tokenizer = None, own_tokenizer(folder)
+    encode = tokens(folder, processor=processor)
+    processor, tokenizer = _templated(folder, processor)
     texts = rendered(tokenizer, processor.folder if processor else folder, chats)
     if not answers:
         return [encode(text, **AS_RENDERED)["input_ids"][0] for text in texts]
@@ -49,6 +49,36 @@ def chat_ids(
         marks = _answered(text, chat, encoding["offset_mapping"][0])
         found.append(torch.stack([encoding["input_ids"][0], marks.long()], 1))
     return found
+
+
+def asked_ids(folder: Path, chats: Sequence[Chat], processor: Processor | None = None) -> list[Tensor]:
+    """The token ids (tokens,) of each conversation with the start of an answer behind it, as inference servers give
+    them to a model; `folder` and `processor` as for `chat_ids`."""
+    encode = tokens(folder, processor=processor)
+    processor, tokenizer = _templated(folder, processor)
+    texts = rendered(tokenizer, processor.folder if processor else folder, chats, asked=True)
+    return [encode(text, **AS_RENDERED)["input_ids"][0] for text in texts]
+
+
+def answer_ends(folder: Path, processor: Processor | None = None) -> set[int]:
+    """The token ids that end an answer: the end token of texts, and the special token that the chat template writes
+    behind an answer; both as for `chat_ids`."""
+    tokenizer = own_tokenizer(folder, processor)
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    if getattr(_templated(folder, processor)[1], "chat_template", None):
+        chat = Chat([{"role": "user", "content": WORDS}, {"role": ASSISTANT, "content": ANSWER}], str(folder))
+        [ids] = chat_ids(folder, [chat], processor, answers=True)
+        last = ids[ids[:, 1] == 1, 0][-1:].tolist()
+        ends |= {number for number in last if number in tokenizer.all_special_ids}
+    return ends
+
+
+def _templated(folder: Path, processor: Processor | None) -> tuple[Processor | None, Any]:
+    """The processor and its tokenizer; None and the tokenizer of the folder where only that has a chat template."""
+    tokenizer = own_tokenizer(folder, processor)
+    if processor and not tokenizer.chat_template and processor_files(folder, "texts"):
+        return None, own_tokenizer(folder)
+    return processor, tokenizer
 
 
 def _answered(text: str, chat: Chat, offsets: Tensor) -> Tensor:
@@ -89,9 +119,9 @@ def text_start(folder: Path, processor: Processor | None = None) -> Tensor:
     )
 
 
-def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
+def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat], asked: bool = False) -> list[str]:
     """The text of each conversation with the special tokens of the template; DataError if there is no template or it
-    refuses a conversation. `folder`: the tokenizer's, for messages.
+    refuses a conversation. `folder`: the tokenizer's, for messages. `asked`: whether the start of an answer follows.
 
     Templates run in the sandbox of transformers. epmq warns if a template leaves out messages, and raises if it leaves
     out tool calls.
@@ -101,7 +131,7 @@ def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
             f"{chats[0].where} holds a conversation, and the tokenizer in {folder} has no chat template to write it "
             "with; put a chat_template.jinja there, such as that of the experts, or choose a column of texts"
         )
-    texts = [_text(tokenizer, folder, chat) for chat in chats]
+    texts = [_text(tokenizer, folder, chat, asked) for chat in chats]
     omissions = [(chat, message) for chat, text in zip(chats, texts, strict=True) for message in _lost(chat, text)]
     if omissions:
         chat, message = omissions[0]
@@ -116,12 +146,16 @@ def rendered(tokenizer: Any, folder: Path, chats: Sequence[Chat]) -> list[str]:
     return texts
 
 
-def _text(tokenizer: Any, folder: Path, chat: Chat) -> str:
+def _text(tokenizer: Any, folder: Path, chat: Chat, asked: bool) -> str:
     try:
         template = tokenizer.get_chat_template()
         template = CLOCK + template if "strftime_now" in template else template
         text: str = tokenizer.apply_chat_template(
-            list(chat.messages), tools=list(chat.tools) or None, chat_template=template, tokenize=False
+            list(chat.messages),
+            tools=list(chat.tools) or None,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=asked,
         )
     except Exception as error:  # a template may raise anything
         if lacks_memory(error):

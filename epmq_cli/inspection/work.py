@@ -13,8 +13,8 @@ from epmq_cli.calibrate.guidance import Guidance
 from epmq_cli.config.schema import GENERATE, Harness
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.held_out import HOLD
-from epmq_cli.evaluate.metrics import PERPLEXITY
 from epmq_cli.families.structure import Linears, Section
+from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.inspection.operations import CALLS, Operations, plus, times
 from epmq_cli.inspection.planned import IMAGE, PATCH, Planned
 from epmq_cli.inspection.refinement_work import refinement_work
@@ -87,7 +87,7 @@ def work_of(plan: Planned, job: Job, model: nn.Module) -> Work:
     lengths = [batch_tokens(batch, config) for group in plan.batches.values() for batch in group]
     longest = max((tokens // max(samples, 1) for samples, tokens in lengths), default=1)
     tests = sum(plan.tests.values())
-    language = all(task.metric == PERPLEXITY for task in job.suite.members)
+    language = isinstance(job.family.tasks, LanguageModel)
     table = config.get("vocab_size") or 0
     work = Work(
         blocks=blocks,

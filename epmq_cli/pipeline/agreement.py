@@ -15,7 +15,6 @@ from epmq_cli.checkpoint.rounded_inputs import rounded_inputs
 from epmq_cli.data.batching import Batch
 from epmq_cli.data.sampling import batches
 from epmq_cli.evaluate.score import ScoredTask
-from epmq_cli.families.tasks.language_model import LanguageModel
 from epmq_cli.merge.source import MergeSource
 from epmq_cli.models.fast_linears import fast_linears
 from epmq_cli.models.weights import copy_into
@@ -112,8 +111,8 @@ def _batches(context: RunContext, task: ScoredTask) -> Iterator[Batch]:
     job = context.job
     if not len(task.samples):
         return
-    if isinstance(job.family.tasks, LanguageModel):
-        ids: Tensor = task.samples.inputs[0]
+    if task.text is not None:
+        ids = task.text
         length = min(task.length, len(ids))
         count = min(SAMPLES, max(1, TOKENS // length), len(ids) // length)
         for number in range(count):

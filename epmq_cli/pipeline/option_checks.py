@@ -25,6 +25,7 @@ from epmq_cli.quantize.mixed_precision import MixedPrecision, first_of, formats_
 from epmq_cli.quantize.quantizer import Quantizer
 from epmq_cli.refine.distill import Distill
 from epmq_cli.refine.none import NoRefinement
+from epmq_cli.report.numbers import LOWER_IS_BETTER
 
 
 def check_gradients(method: MergeMethod, family: Family) -> None:
@@ -155,15 +156,18 @@ def check_prompts(guidance: Guidance, calib: Calib, family: Family) -> None:
 def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: bool) -> None:
     """Raises ConfigError if the tasks or the evaluation cannot score models of the family. `scored`: whether tasks are
     scored on their test samples."""
-    if "wer" in (kinds := set(suite.metrics.values())) and len(kinds) > 1:
+    kinds = sorted(set(suite.metrics.values()))
+    falling = [kind for kind in kinds if kind in LOWER_IS_BETTER]
+    if falling and len(kinds) > 1:
         raise ConfigError(
-            "suite.tasks must all have the metric wer if one has, because smaller is better and averages are over all "
-            f"tasks, got {', '.join(sorted(kinds))}; use exact_match beside others, or wer for all"
+            f"suite.tasks must all have the metric {falling[0]} if one has, because smaller is better and averages are "
+            f"over all tasks, got {', '.join(kinds)}; use {falling[0]} for all or for none, and score the checkpoint "
+            "by the other metric with epmq eval and a second suite"
         )
     for task in suite.members:
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
         family.check_task(task)
-        check_metric(task, scored)
+        check_metric(task, scored, answered=isinstance(family.tasks, LanguageModel))
         if task.heads == "expert" and family.heads == "none":
             raise ConfigError(
                 f"suite.tasks.{task.name}.heads must be base because models of family {family.name} have no heads, got "
@@ -184,13 +188,14 @@ def check_no_server(evaluation: Evaluation) -> None:
         )
 
 
-def check_metric(task: Task, scored: bool) -> None:
-    """Raises ConfigError if a task's metric does not suit the labels that its data declares."""
+def check_metric(task: Task, scored: bool, answered: bool) -> None:
+    """Raises ConfigError if a task's metric does not suit the labels that its data declares. `answered`: whether its
+    data may be conversations that hold the answers."""
     where, regression = f"suite.tasks.{task.name}", getattr(task.data, "regression", None)
     if task.metric in (PERPLEXITY, *RANKINGS):
         return
     written, answer = task.metric in TEXT_METRICS, getattr(task.data, "answer", ...)
-    if written and scored and answer is None:
+    if written and scored and answer is None and not answered:
         raise ConfigError(
             f"{where}.metric is {task.metric}, which compares answers with texts; name their column in data.answer"
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from epmq_cli.checkpoint.int4_linear import GROUPS, kernel_group, obstacle
 from epmq_cli.checkpoint.load import refuse
 from epmq_cli.config.schema import Evaluation
-from epmq_cli.data.suite import Suite
+from epmq_cli.data.suite import TEXT_METRICS, Suite
 from epmq_cli.errors import ConfigError, ModelError
 from epmq_cli.families.family import Family, linear_shapes
 from epmq_cli.families.refusal import refused, unknown_tensor
@@ -33,6 +33,8 @@ def check_lengths(suite: Suite, family: Family, folder: Path) -> None:
     most = family.positions(folder)
     for task in suite.members:
         lengths = {"max_length": task.max_length, **({"answer_length": task.written} if family.answers else {})}
+        if task.metric in TEXT_METRICS and not family.answers:  # a decoder reads prompt and answer
+            lengths["max_length and answer_length together"] = task.max_length + task.written
         for name, length in lengths.items():
             if most is not None and length > most:
                 raise ConfigError(

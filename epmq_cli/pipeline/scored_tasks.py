@@ -9,7 +9,7 @@ from epmq_cli.data.chats import has_chats
 from epmq_cli.data.ranking import RANKINGS, Ranking, some_queries
 from epmq_cli.data.samples import Samples
 from epmq_cli.data.sampling import scored_source, task_seed
-from epmq_cli.data.suite import Task
+from epmq_cli.data.suite import TEXT_METRICS, Task
 from epmq_cli.errors import ModelError
 from epmq_cli.evaluate.class_names import Heading, in_order_of_head, translated
 from epmq_cli.evaluate.score import UNSCORED, ScoredTask, check_labelled
@@ -56,14 +56,16 @@ class EvaluationData:
         family, folder = self.family, self.folder
         samples = UNSCORED if self.count == 0 else evaluation_samples(task, self.count, self.seed)
         check_inputs(family, task.name, samples.inputs)
-        talks = ranking = None
+        talks = ranking = text = None
         if samples is not UNSCORED:
             samples = family.tasks.worded(task, samples)
         if samples is not UNSCORED and task.metric in RANKINGS:
             ranking = Ranking.of(samples)
         if isinstance(family.tasks, LanguageModel) and samples is not UNSCORED:
-            talks = has_chats(samples.inputs)
-            samples = Samples([family.tasks.tokens(folder, samples.inputs, processor)])
+            language = family.tasks
+            talks, text = has_chats(samples.inputs), language.tokens(folder, samples.inputs, processor)
+            written = task.metric in TEXT_METRICS
+            samples = language.questions(folder, task, samples, processor) if written else Samples([text])
         if ranking is None and samples.labels is not None and not samples.labels.is_floating_point():
             check_labelled(task.name, samples.labels)
             outputs = len(head["weight"]) if "weight" in head else None
@@ -75,7 +77,7 @@ class EvaluationData:
         return ScoredTask(
             name=task.name,
             samples=samples,
-            collate=family.collate(folder, task, processor),
+            collate=family.tasks.scoring(folder, task, processor),
             head=head,
             predict=family.predict(folder, task, processor),
             metric=task.metric,
@@ -85,6 +87,7 @@ class EvaluationData:
             processor=processor.folder if processor else None,
             names=names,
             talks=talks,
+            text=text,
             decode=family.decode(folder, task, processor),
             ranking=ranking,
         )

@@ -84,6 +84,10 @@ class TaskAdapter(ABC):
         """Returns the function that makes a batch of samples. `folder` has the model's config and, unless `processor`
         gives another place, the tokenizer or image processor."""
 
+    def scoring(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """The function that makes a batch of test samples; `folder` and `processor` as for `collate`."""
+        return self.collate(folder, task, processor)
+
     def worded(self, task: Task, samples: Samples) -> Samples:
         """Test samples as the model reads them, such as with prompts."""
         return samples

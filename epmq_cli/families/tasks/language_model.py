@@ -1,4 +1,5 @@
-"""Tasks of language models, which are calibrated on text or conversations and scored by perplexity."""
+"""Tasks of language models, which are calibrated on text or conversations, and scored by perplexity or by the answers
+that they write."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ import torch
 
 from epmq_cli.data.batching import ALL, ANSWERS, Batch, Collate, split
 from epmq_cli.data.chats import Chat, has_chats
-from epmq_cli.data.suite import Task
-from epmq_cli.families.processors import check_not_truncated, tokens
-from epmq_cli.families.rendering import chat_ids, text_start
-from epmq_cli.families.tasks.adapter import TaskAdapter
+from epmq_cli.data.samples import Samples
+from epmq_cli.data.suite import TEXT_METRICS, Task
+from epmq_cli.errors import DataError
+from epmq_cli.families.processors import check_not_truncated, own_tokenizer, tokens
+from epmq_cli.families.rendering import ASSISTANT, answer_ends, asked_ids, chat_ids, text_start
+from epmq_cli.families.tasks.adapter import Decode, Features, Head, Predict, TaskAdapter
+from epmq_cli.families.tasks.greedy import greedy_answers, left_padded
 from epmq_cli.models.attention import cache_argument
 from epmq_cli.models.processor_folder import Processor
 
@@ -30,7 +34,7 @@ class LanguageModel(TaskAdapter):
 
     pipeline = "text-generation"
     vocabulary = True
-    metrics = ("perplexity",)
+    metrics = ("perplexity", *TEXT_METRICS)
     sample_types = (str, Chat)
     consumed = (DRAWS,)
 
@@ -48,6 +52,44 @@ class LanguageModel(TaskAdapter):
             return {name: torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for name, each in parts.items()}
 
         return collate
+
+    def scoring(self, folder: Path, task: Task, processor: Processor | None = None) -> Collate:
+        """Pads prompts in front."""
+        return left_padded if task.metric in TEXT_METRICS else self.collate(folder, task, processor)
+
+    def questions(self, folder: Path, task: Task, samples: Samples, processor: Processor | None = None) -> Samples:
+        """Test samples for metrics of texts: the token ids (tokens,) of prompts, and the texts that answers are
+        compared with. These are in a column, or the last message of each conversation. DataError if a sample has no
+        such text, or a longer prompt than `max_length`. `folder` and `processor` as for `collate`."""
+        asked, references = samples.inputs, samples.references
+        if references is None:
+            asked, references = zip(*(_question(task.name, document) for document in samples.inputs), strict=True)
+        prompts = asked_ids(folder, asked, processor) if has_chats(asked) else self.each(folder, asked, processor)
+        longest = max(map(len, prompts))
+        if longest > task.max_length:
+            raise DataError(
+                f"task {task.name}: its longest prompt has {longest} tokens, more than "
+                f"suite.tasks.{task.name}.max_length={task.max_length}; raise that, or leave the prompt out"
+            )
+        return Samples(prompts, references=references)
+
+    def predict(self, features: Features, folder: Path, task: Task, processor: Processor | None = None) -> Predict:
+        """Predicts the tokens of answers (samples, `answer_length`), for metrics of texts."""
+        if task.metric not in TEXT_METRICS:
+            return super().predict(features, folder, task, processor)
+        written = answer_ends(folder, processor)
+
+        def predict(model: nn.Module, batch: Batch, head: Head) -> Tensor:
+            return greedy_answers(model, batch, task.written, written | _own_ends(model))
+
+        return predict
+
+    def decode(self, folder: Path, task: Task, processor: Processor | None = None) -> Decode | None:
+        """Returns the function that turns tokens into texts, for metrics of texts."""
+        if task.metric not in TEXT_METRICS:
+            return None
+        tokenizer = own_tokenizer(folder, processor)
+        return lambda tokens: list(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def tokens(
         self, folder: Path, documents: Sequence[str], processor: Processor | None = None, answers: bool = False
@@ -106,3 +148,23 @@ def _written(model: nn.Module, batch: Batch) -> Tensor:
         fed = places.clamp(max=chances.shape[1] - 1)
         ids = torch.cat([ids, fed], 1)
     return ids
+
+
+def _question(task: str, document: Any) -> tuple[Chat, str]:
+    """A conversation without its last message, and that message."""
+    where = "its test samples are texts, not conversations"
+    if isinstance(document, Chat):
+        *asked, last = document.messages
+        if asked and last["role"] == ASSISTANT:
+            return Chat(asked, document.where, document.tools), str(last["content"])
+        where = f"{document.where} does not end with an answer of the assistant"
+    raise DataError(
+        f"task {task}: {where}, so there is nothing to compare answers with; name the column of the answers in "
+        "data.answer of a Table or a Hub, or end the conversations with the answer"
+    )
+
+
+def _own_ends(model: Any) -> set[int]:
+    """The tokens at which the model ends a text by its generation_config.json."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set() if ends is None else {ends} if isinstance(ends, int) else {*ends}
