@@ -168,10 +168,14 @@ class Session:
             scored = steps.score(context, self.model, tasks, "quantized", self.models.base.path)["quantized"]
             scores = values(scored)
             entry = {"accuracy": average(job, scores), "seconds": seconds, "tasks": scores}
-            self.keep(key, entry | refiner.entries)
+            self.keep(key, entry | refiner.entries | self.further(context))
             print(f"{key}: {average(job, scores):.2f}, {seconds:.1f} s", file=sys.stderr, flush=True)
         found_entry: dict[str, Any] = self.known[key]
         return found_entry
+
+    def further(self, context: RunContext) -> dict[str, Any]:
+        """Returns further results of a row, for which the model now has the weights."""
+        return {}
 
     def refinement(self, merge: str, row: str, seed: int) -> RunProgress:
         """Returns the progress that keeps the refined dense model, which rows and bit widths share."""

@@ -33,7 +33,7 @@ TOKENS = 1024  # of a step
 WARMUP = 10  # steps
 RANK = 16
 LEARNING_RATE = {"dialogues": 5e-4, "code": 5e-4, "arithmetic": 1e-3}
-STEPS = {"dialogues": 80, "code": 80, "arithmetic": 150}
+STEPS = {"dialogues": 60, "code": 50, "arithmetic": 150}
 ANSWERS_ONLY = ("arithmetic",)
 
 

@@ -1,0 +1,121 @@
+"""Measures the suite smollm3: perplexities, exact answers to arithmetic, and the KL divergence from each expert.
+
+    python benchmarks/smollm/table.py
+    python benchmarks/smollm/table.py --merges task_arithmetic --rows "merge, dense" GPTQ --seeds 0
+
+Needs the models of lora.py. Rows are those of quality.py, in 4 bits and groups of 64; merges other than the first are
+measured dense. Test samples are the same for all seeds, and calibration does not see them. Results under --out are
+reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from quality import ROWS, Session, values
+
+from epmq_cli.commands.hydra_app import quiet_libraries
+from epmq_cli.evaluate.metrics import PERPLEXITY, average
+from epmq_cli.evaluate.score import ScoredTask
+from epmq_cli.models.weights import copy_into
+from epmq_cli.pipeline import steps
+from epmq_cli.pipeline.agreement import Agreement
+from epmq_cli.pipeline.context import RunContext
+from epmq_cli.pipeline.job import Job
+from epmq_cli.pipeline.scored_tasks import EvaluationData
+
+ASKED, QUESTIONS, LENGTH = "arithmetic", 192, 8
+"""The task that is scored by exact answers, its test samples, and the most tokens of an answer."""
+DENSE = "merge, dense"
+BITS = "4"
+
+
+class Answers(Session):
+    """The suite with the outputs of its experts."""
+
+    def load(self, job: Job) -> None:
+        """Reads models and tasks, scores base and experts, and runs the experts on test samples."""
+        self.models, self.model, self.dtype = steps.open_models(job)
+        self.tasks = steps.prepare_tasks(job, self.model, self.models)
+        self.questions = self._questions(job)
+        context = RunContext.of(job)
+        if "experts" not in self.known:
+            scores = steps.score_parts(context, self.model, self.models, self.tasks)
+            self.keep("experts", {"tasks": values(scores["experts"]), "exact": self._exact(context)})
+        self.agreement = Agreement.of(context, self.model, self.tasks, self.models.source)
+        if "base" not in self.known:
+            copy_into(self.model, ((name, self.models.source.base(name)) for name in self.models.source.names))
+            own = values(steps.score(context, self.model, self.tasks, "base", self.models.base.path)["base"])
+            self.keep("base", {"tasks": own, **self.further(context)})
+        self.loaded = True
+
+    def further(self, context: RunContext) -> dict[str, Any]:
+        """Returns the share of exact answers, and the KL divergence from each expert."""
+        self.agreement.measure("quantized", self.tasks)
+        return {"exact": self._exact(context, self.model), "kl": dict(self.agreement.stages["quantized"])}
+
+    def _exact(self, context: RunContext, model: nn.Module | None = None) -> float:
+        """Returns the share of exact answers of a model; of the expert without one."""
+        if model is None:
+            copy_into(self.model, self.models.source.model(ASKED))
+        return context.scorer.score(self.model, self.questions).value
+
+    def _questions(self, job: Job) -> ScoredTask:
+        task = next(task for task in job.suite.members if task.name == ASKED)
+        asked = replace(task, metric="exact_match", answer_length=LENGTH)
+        return EvaluationData(job.family, self.models.base.path, QUESTIONS, 0).scored_task(asked, {}, None)
+
+
+def line(name: str, tasks: list[str], entry: dict[str, Any]) -> str:
+    """A row of the table."""
+    own = [entry["tasks"][task] for task in tasks]
+    cells = [*(f"{value:.2f}" for value in own), f"{average(own, PERPLEXITY):.2f}", f"{100 * entry['exact']:.1f}"]
+    if "kl" in entry:
+        parts = [entry["kl"][task]["kl"] for task in tasks]
+        cells += [*(f"{part:.4f}" for part in parts), f"{sum(parts) / len(parts):.4f}"]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def table(session: Answers, arguments: argparse.Namespace) -> None:
+    """Measures missing results and prints a Markdown table."""
+    lines = {}
+    for seed in arguments.seeds:
+        for merge in arguments.merges:
+            rows = arguments.rows if merge == arguments.merges[0] else [DENSE]
+            for row in (row for row in rows if seed == arguments.seeds[0] or row != DENSE):
+                name = f"{merge}, dense" if row == DENSE else f"{row}, seed {seed}"
+                lines[name] = session.measure(row, merge, BITS, seed)
+    tasks = list(session.known["experts"]["tasks"])
+    lines = {"base": session.known["base"], **lines, "experts": session.known["experts"]}
+    heads = [*tasks, "geometric mean", "exact, %", *(f"KL, {task}" for task in tasks), "mean KL"]
+    print("| | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|")
+    for name, entry in lines.items():
+        print(line(name, tasks, entry))
+
+
+def main() -> None:
+    """Parses the command line and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm3/quality"))
+    parser.add_argument("--merges", nargs="+", default=["task_arithmetic", "ties", "dare_ties"])
+    parser.add_argument("--rows", nargs="+", default=[DENSE, "GPTQ", "E-PMQ", "+ safe = feature"], choices=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    small = ["calib.samples=16", "calib.batch_size=8", "eval.batch_size=8", "eval.samples=64"]
+    parser.add_argument("--overrides", nargs="*", default=small, help="further overrides of every run")
+    arguments = parser.parse_args()
+    arguments.suite, arguments.config_dir = "smollm3", Path(__file__).parent / "configs"
+    quiet_libraries()
+    with torch.no_grad():
+        table(Answers(arguments), arguments)
+
+
+if __name__ == "__main__":
+    main()
