@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from quality import ROWS, Session, values
@@ -32,7 +31,7 @@ from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.scored_tasks import EvaluationData
 
-ASKED, QUESTIONS, LENGTH = "arithmetic", 192, 8
+ASKED, QUESTIONS, LENGTH = "arithmetic", 96, 8
 """The task that is scored by exact answers, its test samples, and the most tokens of an answer."""
 DENSE = "merge, dense"
 BITS = "4"
@@ -46,26 +45,23 @@ class Answers(Session):
         self.models, self.model, self.dtype = steps.open_models(job)
         self.tasks = steps.prepare_tasks(job, self.model, self.models)
         self.questions = self._questions(job)
-        context = RunContext.of(job)
-        if "experts" not in self.known:
+        context, source = RunContext.of(job), self.models.source
+        self.agreement = Agreement.of(context, self.model, self.tasks, source)
+        if not {"base", "experts"} <= self.known.keys():
             scores = steps.score_parts(context, self.model, self.models, self.tasks)
+            copy_into(self.model, source.model(ASKED))
             self.keep("experts", {"tasks": values(scores["experts"]), "exact": self._exact(context)})
-        self.agreement = Agreement.of(context, self.model, self.tasks, self.models.source)
-        if "base" not in self.known:
-            copy_into(self.model, ((name, self.models.source.base(name)) for name in self.models.source.names))
-            own = values(steps.score(context, self.model, self.tasks, "base", self.models.base.path)["base"])
-            self.keep("base", {"tasks": own, **self.further(context)})
+            copy_into(self.model, ((name, source.base(name)) for name in source.names))
+            self.keep("base", {"tasks": values(scores["base"]), **self.further(context)})
         self.loaded = True
 
     def further(self, context: RunContext) -> dict[str, Any]:
         """Returns the share of exact answers, and the KL divergence from each expert."""
         self.agreement.measure("quantized", self.tasks)
-        return {"exact": self._exact(context, self.model), "kl": dict(self.agreement.stages["quantized"])}
+        return {"exact": self._exact(context), "kl": dict(self.agreement.stages["quantized"])}
 
-    def _exact(self, context: RunContext, model: nn.Module | None = None) -> float:
-        """Returns the share of exact answers of a model; of the expert without one."""
-        if model is None:
-            copy_into(self.model, self.models.source.model(ASKED))
+    def _exact(self, context: RunContext) -> float:
+        """Returns the share of exact answers of the model."""
         return context.scorer.score(self.model, self.questions).value
 
     def _questions(self, job: Job) -> ScoredTask:
@@ -108,7 +104,7 @@ def main() -> None:
     parser.add_argument("--merges", nargs="+", default=["task_arithmetic", "ties", "dare_ties"])
     parser.add_argument("--rows", nargs="+", default=[DENSE, "GPTQ", "E-PMQ", "+ safe = feature"], choices=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    small = ["calib.samples=16", "calib.batch_size=8", "eval.batch_size=8", "eval.samples=64"]
+    small = ["calib.samples=16", "calib.batch_size=8", "eval.batch_size=8", "eval.samples=32"]
     parser.add_argument("--overrides", nargs="*", default=small, help="further overrides of every run")
     arguments = parser.parse_args()
     arguments.suite, arguments.config_dir = "smollm3", Path(__file__).parent / "configs"
