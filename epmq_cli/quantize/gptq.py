@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def inverse_factor(
-    H: Tensor, damping: float, order: Tensor | None = None, dtype: torch.dtype = torch.float64
+    H: Tensor, damping: float, order: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, float, int] | None:
-    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1 in this type, the damping, and the number of
-    times that it was raised; None if H has no factor. `order` (n,): of H's rows and columns; as they are by default.
+    """Upper triangular U with U'U = (H + damping * mean(diag H) * I)^-1 in this type or H's, the damping, and the
+    number of times that it was raised; None if H has no factor. `order` (n,): of H's rows and columns.
 
     In reversed order L L' = H; L reversed is an upper M with M M' = H, so U = M^-1 is L^-1 reversed.
     """
@@ -42,7 +42,7 @@ def inverse_factor(
         return None
     inverse = factor.lower
     invert_triangular(inverse)
-    upper = torch.empty(inverse.shape, dtype=dtype, device=inverse.device)
+    upper = torch.empty(inverse.shape, dtype=dtype or H.dtype, device=inverse.device)
     for start in range(0, len(upper), PANEL):
         rows = upper[start : start + PANEL]
         rows.copy_(inverse[len(upper) - start - len(rows) : len(upper) - start].flip(0, 1))
@@ -114,10 +114,10 @@ def _aligned(block_size: int, group_size: int, width: int) -> int:
 
 
 def prepare(
-    hessian: Tensor, group_size: int, damping: float, act_order: bool, dtype: torch.dtype = torch.float64
+    hessian: Tensor, group_size: int, damping: float, act_order: bool, dtype: torch.dtype | None = None
 ) -> Prepared:
-    """The upper factor of the inverse (in, in) in this type, in the order of quantization, and its damping and retries;
-    `nothing()` if no damping makes the Hessian positive definite.
+    """The upper factor of the inverse (in, in) in this type or that of H, in the order of quantization, and its
+    damping and retries; `nothing()` if no damping makes the Hessian positive definite.
 
     A Hessian of zeros is replaced by the identity.
     """

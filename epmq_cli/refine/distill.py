@@ -17,7 +17,6 @@ from epmq_cli.data.views import view
 from epmq_cli.errors import ConfigError, literal
 from epmq_cli.families.family import Family
 from epmq_cli.families.tasks.adapter import Head
-from epmq_cli.models.fast_linears import fast_linears
 from epmq_cli.refine.hidden_states import chosen
 from epmq_cli.refine.soft_labels import SoftLabels, outputs
 from epmq_cli.refine.trained import DenseTensors, LowRankUpdates, Trained
@@ -160,6 +159,8 @@ class Distill:
 
     def labels(self, model: nn.Module, family: Family, head: Head, batch: Batch, samples: int) -> SoftLabels:
         """The outputs of a model, some samples at a time."""
+        from epmq_cli.models.fast_linears import fast_linears  # imports torch
+
         top, blocks = self.top if family.vocabulary else None, self.blocks(model, family)
         with torch.no_grad(), fast_linears(model):
             found = [
