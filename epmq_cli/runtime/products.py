@@ -9,7 +9,7 @@ tile, which takes up to twenty times as long as MKL, so oneDNN is chosen for sin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -33,10 +33,13 @@ def exact_products(device: torch.device) -> None:
 @contextmanager
 def fast_products() -> Iterator[None]:
     """Inside the context, products in float32 on the CPU are as fast as torch can make them; attention is slower."""
-    precision = torch.get_float32_matmul_precision()
-    if _devices != {"cpu"} or precision == "medium" or not _onednn_is_faster():
+    with _through_onednn() if _devices == {"cpu"} and _onednn_is_faster() else nullcontext():
         yield
-        return
+
+
+@contextmanager
+def _through_onednn() -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         yield
@@ -55,11 +58,7 @@ def _onednn_is_faster() -> bool:
 def _error() -> float:
     """The relative error of a product for which torch may take oneDNN."""
     rows = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with _through_onednn():
         found = (rows @ rows.T).double()
-    finally:
-        torch.set_float32_matmul_precision(precision)
     products = rows.double() @ rows.double().T
     return float((found - products).norm() / products.norm())
