@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from epmq_cli.calibrate.row_pieces import row_pieces
+from epmq_cli.calibrate.row_pieces import cached_pieces, row_pieces
 from epmq_cli.calibrate.sharing import ALONE, Sharing
 from epmq_cli.runtime.products import fast_products
 
@@ -45,15 +45,21 @@ class Products:
     @fast_products()
     def add(self, a: Tensor, b: Tensor) -> None:
         """Adds a batch."""
-        self._sum_for(a, b).add_(a.T @ b)
+        product = a.T @ b
+        if self._total.ndim:
+            self._total += product
+        else:
+            self._total = product.double()
 
     @fast_products()
     def add_square(self, a: Tensor) -> None:
         """Adds a batch with b = a; half the work, because only the lower triangle is computed."""
-        total = self._sum_for(a, a)
-        for start in range(0, a.shape[1], PANEL):
-            end = start + PANEL
-            total[start:, start:end] += a[:, start:].T @ a[:, start:end]
+        first, width = not self._total.ndim, a.shape[1]
+        if first:
+            self._total = a.new_empty(width, width, dtype=torch.float64)
+        for start in range(0, width, PANEL):
+            panel, product = self._total[start:, start : start + PANEL], a[:, start:].T @ a[:, start : start + PANEL]
+            panel.copy_(product) if first else panel.add_(product)
 
     def rows(self) -> Tensor:
         """This process's rows of the sum over all processes; call it once. A scalar zero if no row was added."""
@@ -64,11 +70,6 @@ class Products:
         for end in range(PANEL, len(self._total) if self._total.ndim else 0, PANEL):
             self._total[end - PANEL : end, end:] = self._total[end:, end - PANEL : end].T
         return self.rows()
-
-    def _sum_for(self, a: Tensor, b: Tensor) -> Tensor:
-        if not self._total.ndim:
-            self._total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
-        return self._total
 
 
 @dataclass
@@ -157,7 +158,7 @@ def frobenius(sharing: Sharing, *parts: Tensor) -> float:
     first, *others = parts
     norms = [
         torch.linalg.vector_norm(sum((part[rows] for part in others), first[rows]), dim=1)
-        for rows in row_pieces(slice(0, len(first)), first.shape[1])
+        for rows in cached_pieces(first)
     ]
     return float(sharing.all_gather_rows(torch.cat(norms), first.shape[1]).norm())
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from epmq_cli.calibrate.moments import Moments
 from epmq_cli.calibrate.quadratic import Affine, QuadraticProblem
-from epmq_cli.calibrate.row_pieces import row_pieces
+from epmq_cli.calibrate.row_pieces import cached_pieces, row_pieces
 from epmq_cli.calibrate.sharing import ALONE, Sharing
 from epmq_cli.runtime.products import fast_products
 
@@ -84,15 +84,23 @@ class Objective:
         self._u[own] += s * (sums + shift[own] * moments.tokens + part)
         self._constant[own] += s * (squares + shift[own] * (moments.tokens * shift[own] + 2 * (sums + part)))
         for rows in row_pieces(slice(0, out), width):
-            px = moments.xp.T[rows] if moments.xp.ndim else moments.xp
-            self._S[rows].add_(px, alpha=s)
-            delta = self._delta(expert, rows)
-            if delta.any():
-                pushed = _pushed(delta, moments.xx)
-                self._S[rows].add_(pushed, alpha=s)
-                before, after = (W[rows, self._columns] for W in (self._anchor.weight, expert.weight))
-                self._constant[rows].add_(((pushed + 2 * px) * delta[:, self._columns]).sum(1), alpha=s)
-                self._beyond[rows].add_((pushed * (before + after)).sum(1), alpha=s)
+            self._add_rows(rows, moments, expert, s)
+
+    def _add_rows(self, rows: slice, moments: Moments, expert: Affine, s: float) -> None:
+        """Adds what a task gives to some rows of S and of the losses."""
+        delta, S = self._delta(expert, rows), self._S[rows]
+        constant, beyond = self._constant[rows], self._beyond[rows]
+        before, after = (W[rows, self._columns] for W in (self._anchor.weight, expert.weight))
+        pushed = _pushed(delta, moments.xx) if delta.any() else None
+        px = moments.xp.T[rows] if moments.xp.ndim else None
+        for part in cached_pieces(S):
+            if px is not None:
+                S[part].add_(px[part], alpha=s)
+            if pushed is not None:
+                own, moved = pushed[part].double(), delta[part, self._columns]
+                S[part].add_(own, alpha=s)
+                constant[part].add_(((own if px is None else own + 2 * px[part]) * moved).sum(1), alpha=s)
+                beyond[part].add_((own * (before[part] + after[part])).sum(1), alpha=s)
 
     def closed(self) -> QuadraticProblem:
         """The problem over the tasks and rows of all processes; call it once, at the end."""
@@ -134,6 +142,6 @@ def _add(total: Tensor, part: Tensor, s: float) -> None:
 
 
 def _pushed(delta: Tensor, xx: Tensor) -> Tensor:
-    """delta X'X in float64; the products are computed in the type of delta."""
-    products = [(delta @ xx[rows].to(delta.dtype).T).double() for rows in row_pieces(slice(0, len(xx)), xx.shape[1])]
+    """delta X'X in the type of delta."""
+    products = [delta @ xx[rows].to(delta.dtype).T for rows in row_pieces(slice(0, len(xx)), xx.shape[1])]
     return products[0] if len(products) == 1 else torch.cat(products, 1)

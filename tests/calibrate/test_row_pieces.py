@@ -9,7 +9,7 @@ from epmq_cli.calibrate import row_pieces as pieces
 from epmq_cli.calibrate.embeddings import solved_table
 from epmq_cli.calibrate.held_out_step import best_step
 from epmq_cli.calibrate.moments import Measure, frobenius
-from epmq_cli.calibrate.row_pieces import row_pieces
+from epmq_cli.calibrate.row_pieces import cached_pieces, row_pieces
 from epmq_cli.calibrate.sharing import ALONE
 from tests.helpers.objectives import IN, OUT, given_problem, rand
 
@@ -45,11 +45,17 @@ def test_pieces_are_all_rows_in_their_order(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(row_pieces(slice(1, 9), 10)) == [slice(1, 4), slice(4, 7), slice(7, 9)]
     assert list(row_pieces(slice(0, 3), 1000)) == [slice(0, 2), slice(2, 3)]
     assert list(row_pieces(slice(4, 4), 10)) == [slice(4, 4)]  # a process without rows
+    monkeypatch.setattr(pieces, "CACHED", 30)
+    assert list(cached_pieces(torch.zeros(7, 10))) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert list(cached_pieces(torch.zeros(2, 100))) == [slice(0, 1), slice(1, 2)]
+    monkeypatch.setattr(pieces, "PIECE", 50)
+    assert list(cached_pieces(torch.zeros(7, 10, device="meta"))) == [slice(0, 5), slice(5, 7)]  # as on a GPU
 
 
 def test_pieces_give_the_results_of_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = results()
     monkeypatch.setattr(pieces, "LEAST", 1)
     monkeypatch.setattr(pieces, "PIECE", 2 * IN)
-    assert len(list(row_pieces(slice(0, OUT), IN))) == 3
+    monkeypatch.setattr(pieces, "CACHED", 2 * IN)
+    assert len(list(row_pieces(slice(0, OUT), IN))) == len(list(cached_pieces(torch.zeros(OUT, IN)))) == 3
     torch.testing.assert_close(results(), whole, rtol=1e-12, atol=1e-12)
