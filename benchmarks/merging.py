@@ -5,7 +5,7 @@
 The weights are random, in bfloat16, and made once in runs/merging. mergekit has its own environment there. Every round
 runs the commands as whole processes, one after the other, and measures wall seconds and the largest process's peak
 memory. `cp` copies the four models that the others read, so it writes more than they do; its rate counts the bytes that
-it reads.
+it reads. "Without imports" are the seconds of the stages in epmq's metrics.json.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def sides(folder: Path, mergekit: Path) -> dict[str, list[str]]:
     return found
 
 
-def run(command: list[str], out: Path) -> tuple[float, float]:
-    """Runs a command; returns wall seconds and peak GB."""
+def run(command: list[str], out: Path) -> tuple[float, float, float]:
+    """Runs a command; returns wall seconds, peak GB, and the seconds of its stages, or all if it records none."""
     shutil.rmtree(out, ignore_errors=True)
     if command[0] == "cp":
         out.mkdir()
@@ -106,7 +106,9 @@ def run(command: list[str], out: Path) -> tuple[float, float]:
     wall = time.perf_counter() - start
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return wall, usage.ru_maxrss * 1024 / 1e9
+    record = out / "metrics.json"
+    stages = json.loads(record.read_text())["stages"].values() if record.is_file() else [{"seconds": wall}]
+    return wall, usage.ru_maxrss * 1024 / 1e9, sum(stage["seconds"] for stage in stages)
 
 
 def main() -> None:
@@ -123,12 +125,14 @@ def main() -> None:
     ]
     read = sum(path.stat().st_size for name in ("base", *EXPERTS) for path in (folder / name).glob("*.safetensors"))
     print(f"Medians of {arguments.repeats}, {read / 1e9:.2f} GB read; syncing to the disk is counted\n")
-    print("| | seconds | peak, GB | GB/s read | times epmq's |\n|---|---|---|---|---|")
-    medians = {name: [statistics.median(r[name][part] for r in rounds) for part in (0, 1)] for name in commands}
-    for name, (seconds, peak) in medians.items():
+    print("| | seconds | peak, GB | GB/s read | times epmq's | without imports, s | times cp |\n" + "|---" * 7 + "|")
+    medians = {name: [statistics.median(r[name][part] for r in rounds) for part in range(3)] for name in commands}
+    for name, (seconds, peak, stages) in medians.items():
         own = name.replace("mergekit", "epmq") if name != "cp" else "epmq task_arithmetic"
         ratio = statistics.median(r[name][0] / r[own][0] for r in rounds)
-        print(f"| {name} | {seconds:.1f} | {peak:.2f} | {read / seconds / 1e9:.2f} | {ratio:.2f} |")
+        line = f"| {name} | {seconds:.1f} | {peak:.2f} | {read / seconds / 1e9:.2f} | {ratio:.2f} |"
+        copies = statistics.median(r[name][2] / r["cp"][2] for r in rounds)
+        print(line + (f" {stages:.2f} | {copies:.2f} |" if name.startswith("epmq") else " | |"))
 
 
 if __name__ == "__main__":
