@@ -4,6 +4,7 @@
     python benchmarks/larger.py --device cuda --limit 24000 --like 8b
     PYTHONPATH=tests/standin python benchmarks/larger.py --device cuda --limit 75 --like tiny      # without a GPU
     PYTHONPATH=tests/standin python benchmarks/larger.py --device cuda --limit 62 --like 8b-small --layers 3
+    sudo python benchmarks/larger.py --limit 2900 --like 8b-quarter --memory 500MB
 
 The model is a random Llama (hidden 1024, intermediate 2816; 40 layers are 2.05 GB in float32, `--like 8b` has the shape
 of Llama 3 8B) with two experts in bfloat16. It is made once in runs/larger. `epmq run` with feature guidance runs once
@@ -12,7 +13,8 @@ on a GPU, torch may take `--limit` MB of it. The run with `calib.student=memory`
 nothing. The estimates are those of `epmq run --plan`; with `--plan` nothing else runs, and the models have no weights.
 
 `--like 8b-small` has a sixteenth of the widths, vocabulary and tokens of 8b, and epmq computes in pieces, groups and
-blocks that are as much smaller, so that 1 MB of a GPU stands for 256 MB.
+blocks that are as much smaller, so that 1 MB of a GPU stands for 256 MB. `8b-quarter` has a quarter, so that 1 MB
+beside the libraries stands for 16 MB.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ import torch
 
 EXPERTS = ("one", "two")
 LENGTH, SAMPLES = 128, 8
-SCALE = 16
-"""How many times 8b-small is smaller than 8b."""
+SMALLER = {"8b-small": 16, "8b-quarter": 4}
+"""How many times widths, vocabulary and tokens are smaller than those of 8b."""
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 2000},
     "small": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 2000},
@@ -45,18 +47,25 @@ SHAPES = {
         "vocab_size": 128256,
     },
 }
-SHAPES["8b-small"] = {**{name: size // SCALE for name, size in SHAPES["8b"].items()}, "num_attention_heads": 8}
-SHAPES["8b-small"]["num_key_value_heads"] = 2
-PIECES = {
-    "epmq_cli.calibrate.row_pieces.PIECE": (1 << 24) // SCALE**2,
-    "epmq_cli.calibrate.moments.PANEL": 512 // SCALE,
-    "epmq_cli.quantize.linalg.PANEL": 512 // SCALE,
-    "epmq_cli.quantize.gptq.PANEL": 512 // SCALE,
-    "epmq_cli.quantize.scale_search.CHUNK": (1 << 22) // SCALE**2,
-    "epmq_cli.quantize.linalg.LARGE": 4096 // SCALE,
-    "epmq_cli.runtime.block_offload.LARGE": (1 << 25) // SCALE**2,
-}
-"""The sizes of what epmq computes at a time, for 8b-small."""
+for like, times in SMALLER.items():
+    SHAPES[like] = {name: size // times for name, size in SHAPES["8b"].items()}
+    SHAPES[like] |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+def pieces_of(times: int) -> dict[str, int]:
+    """The sizes of what epmq computes at a time, for a model with widths that are smaller by this factor."""
+    square = times**2
+    return {
+        "epmq_cli.calibrate.row_pieces.PIECE": (1 << 24) // square,
+        "epmq_cli.calibrate.moments.PANEL": 512 // times,
+        "epmq_cli.quantize.linalg.PANEL": 512 // times,
+        "epmq_cli.quantize.gptq.PANEL": 512 // times,
+        "epmq_cli.quantize.scale_search.CHUNK": (1 << 22) // square,
+        "epmq_cli.quantize.linalg.LARGE": 4096 // times,
+        "epmq_cli.runtime.block_offload.LARGE": (1 << 25) // square,
+    }
+
+
 STARTED = """
 import importlib, json, sys, torch
 from epmq_cli.cli import main
@@ -140,11 +149,11 @@ def cgroup(limit: int) -> Iterator[Path]:
         folder.rmdir()
 
 
-def arguments_of(folder: Path, student: str, device: str, memory: str, small: bool) -> list[str]:
-    """Returns the arguments of the run. `small`: whether the model is that of 8b-small."""
+def arguments_of(folder: Path, student: str, device: str, memory: str, times: int) -> list[str]:
+    """Returns the arguments of the run. `times`: see SMALLER; 1 for other models."""
     options = ["guidance=feature", f"calib.samples={SAMPLES}", f"calib.memory={memory}", f"calib.student={student}"]
     options += ["calib.batch_size=8", "eval.batch_size=8", "eval.stages=[quantized]", "cache=false", f"device={device}"]
-    options += [f"group_size={64 // SCALE}", f"quant.block_size={128 // SCALE}"] if small else []
+    options += [f"group_size={64 // times}", f"quant.block_size={128 // times}"] if times > 1 else []
     return ["--config-dir", str(folder / "configs"), "suite=larger", *options]
 
 
@@ -156,13 +165,11 @@ def planned(command: list[str], device: str, pieces: dict[str, int]) -> str:
     return ", ".join(f"{place} {memory[place] / 1e6:.0f} MB" for place in ("host", "device") if memory[place])
 
 
-def run(
-    folder: Path, limit: int, command: list[str], device: str, pieces: dict[str, int] | None = None
-) -> tuple[int, float, str]:
+def run(folder: Path, limit: int, command: list[str], device: str, pieces: dict[str, int]) -> tuple[int, float, str]:
     """Returns the exit status, the seconds, and the peaks or the last printed line of a run with limited memory."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    start = ["-m", "epmq_cli"] if device == "cpu" else ["-c", STARTED, json.dumps(pieces or {}), str(limit)]
+    start = ["-c", STARTED, json.dumps(pieces), str(limit)]
     with cgroup(limit) if device == "cpu" else nullcontext() as group:
 
         def enter() -> None:
@@ -188,7 +195,7 @@ def main() -> None:
     """Parses the command line and prints one row per place of the student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=1500, help="memory limit in MB")
-    parser.add_argument("--layers", type=int, help="40, or 32 of --like 8b and 8b-small")
+    parser.add_argument("--layers", type=int, help="40, or 32 of --like 8b and its smaller kin")
     parser.add_argument("--like", choices=SHAPES, default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", default="50MB", help="calib.memory")
@@ -198,14 +205,14 @@ def main() -> None:
     layers = arguments.layers or (32 if arguments.like.startswith("8b") else 40)
     folder = (arguments.out / f"{arguments.like}-{layers}{'-headers' * arguments.plan}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    small = arguments.like == "8b-small"
+    times = SMALLER.get(arguments.like, 1)
     shape = {**SHAPES[arguments.like], "num_hidden_layers": layers}
-    make(folder, shape, LENGTH // SCALE if small else LENGTH, not arguments.plan)
-    stored, pieces = (folder / "base" / "model.safetensors").stat().st_size, PIECES if small else {}
+    make(folder, shape, LENGTH // times, not arguments.plan)
+    stored, pieces = (folder / "base" / "model.safetensors").stat().st_size, pieces_of(times) if times > 1 else {}
     print(f"{2 * stored / 1e6:.0f} MB in float32; files of {3 * stored / 1e6:.0f} MB; allowed {arguments.limit} MB\n")
     print("| student | estimate | exit status | seconds | peaks or last line |\n|---|---|---|---|---|")
     for student in ("disk", "memory") if arguments.device == "cpu" else ("disk", "cpu", "memory"):
-        command = arguments_of(folder, student, arguments.device, arguments.memory, small)
+        command = arguments_of(folder, student, arguments.device, arguments.memory, times)
         estimate = planned(command, arguments.device, pieces)
         status, seconds, said = (
             ("", 0.0, "") if arguments.plan else run(folder, arguments.limit * 10**6, command, arguments.device, pieces)
