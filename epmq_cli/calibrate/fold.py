@@ -83,8 +83,9 @@ def measure_inputs(tasks: TaskRows, guidance: Guidance) -> InputStatistics:
             measure.add(x, None, weights)
             size = x.abs()
             absolute = absolute + (size.sum(0) if weights is None else weights @ size).double()
-            largest = torch.maximum(largest.to(size), size.amax(0))
             width = x.shape[1]
+            if len(x):  # an expert of a mixture may read no token
+                largest = torch.maximum(largest.to(size), size.amax(0))
         moments = measure.moments()
         s = task_weight(moments.norm, moments.tokens, guidance.task_weight) * guidance.factor(task)
         hessian, magnitude = hessian + s * moments.xx, magnitude + s * distributed.all_reduce(absolute)
@@ -92,5 +93,5 @@ def measure_inputs(tasks: TaskRows, guidance: Guidance) -> InputStatistics:
     return InputStatistics(
         distributed.all_gather_rows(hessian, width),
         magnitude / total if total > 0 else magnitude,
-        torch.stack(distributed.all_gather(largest.cpu())).amax(0).to(largest.device),
+        torch.stack(distributed.all_gather(largest.cpu().expand(width))).amax(0).to(hessian.device),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,19 @@ TAKEN: dict[str, Build] = {
 """By model type."""
 
 MIXED = [kind for kind in TAKEN if kind in MIXTURES]
+
+
+def crowded(kind: str, experts: int = 32) -> Build:
+    """A mixture of so many experts that few tokens do not reach all."""
+
+    def build() -> Any:
+        model = TAKEN[kind]()
+        config = copy.deepcopy(model.config)
+        config.update({"num_local_experts" if hasattr(config, "num_local_experts") else "num_experts": experts})
+        return type(model)(config)
+
+    return build
+
 
 SEEING: dict[str, Build] = {
     "gemma3": lambda: t.Gemma3ForConditionalGeneration(
