@@ -24,6 +24,7 @@ from epmq_cli.families.positions import decoder_positions
 from epmq_cli.families.refusal import refused
 from epmq_cli.families.structure import Section, Stack, Table, token_mask
 from epmq_cli.families.tasks.language_model import LanguageModel
+from epmq_cli.models.mixtures import MIXTRAL
 from epmq_cli.models.model_class import model_class
 from epmq_cli.models.model_folder import ModelFolder, read_json
 from epmq_cli.models.open import open_expert
@@ -142,6 +143,10 @@ class CausalLM(Architecture):
             return super().open(path, role, base)
         own = {stored: name for name, stored in self.all_names(base).items()}
         return open_expert(path, role, base, self.tensor_names(base).values(), lambda name: own.get(name, name))
+
+    def spelling(self, stored: str) -> str:
+        """The model's own name of a stored tensor: Mixtral's mixtures have another one in files."""
+        return stored.replace(f".{MIXTRAL.block}.", f".{MIXTRAL.module}.")
 
     def check_type(self, folder: ModelFolder) -> None:
         """Raises ModelError if another family takes models of this type. Accepts types that no family lists:

@@ -76,7 +76,7 @@ def roles_content(infos: Mapping[str, TensorInfo], roles: Roles) -> dict[str, An
 def adapter_content(opened: Opened) -> dict[str, Any]:
     """The kind, ranks and targets of an adapter, and what a run would refuse of it."""
     from epmq_cli.models.lora.config import read_config
-    from epmq_cli.models.lora.files import sorted_file
+    from epmq_cli.models.lora.files import EXPERTS_MODULE, sorted_file
     from epmq_cli.models.lora.shapes import LowRank
 
     assert opened.path is not None
@@ -97,8 +97,9 @@ def adapter_content(opened: Opened) -> dict[str, Any]:
     targets: Counter[str] = Counter()
     for module, parts in files.parts.items():
         shapes = {part: opened.infos[stored].shape for part, stored in parts.items()}
-        ranks[LowRank(shapes, config.is_set("fan_in_fan_out")).rank] += 1
-        targets[module.rpartition(".")[2]] += 1
+        if not EXPERTS_MODULE.fullmatch(module):  # the ranks of all experts of a block, whose number the base has
+            ranks[LowRank(shapes, config.is_set("fan_in_fan_out")).rank] += 1
+        targets[module.removesuffix(".base_layer").rpartition(".")[2]] += 1
     return content | {
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "targets": dict(sorted(targets.items())),

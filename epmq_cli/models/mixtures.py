@@ -19,17 +19,20 @@ class Names:
 
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
+MIXTRAL = Names("block_sparse_moe", "w1", "w3", "w2")
 QWEN, LLAMA4 = Names("mlp", *LINEARS), Names("feed_forward", *LINEARS, "feed_forward", "router")
 MIXTURES = {
-    "mixtral": Names("block_sparse_moe", "w1", "w3", "w2"),
+    "mixtral": MIXTRAL,
     **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), QWEN),
     **dict.fromkeys(("llama4", "llama4_text"), LLAMA4),
 }
 """By model type."""
 EXPERTS, SHARED_FACTOR = "experts", "shared_expert_gate"
 """The names of modules in transformers: of experts in the part of a block, and of the factor of a shared expert."""
-STACKED = (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
-"""The ends of the names of tensors that hold all experts of a block."""
+PARAMETERS = ("gate_up_proj", "down_proj")
+"""The names of the tensors of transformers that hold all experts of a block."""
+STACKED = tuple(f"{EXPERTS}.{name}" for name in PARAMETERS)
+"""The ends of their names in a model."""
 
 
 def router_of(experts: str, router: str) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from epmq_cli.inspection.content import content_of, totals
 from epmq_cli.inspection.opened import open_headers
@@ -30,6 +30,17 @@ def test_an_adapter_has_ranks_targets_and_its_base(tmp_path: Path) -> None:
     assert (content["kind"], content["base"], content["refused"]) == ("adapter", "owner/base", [])
     assert (content["ranks"], content["targets"]) == ({"4": 2}, {"q_proj": 1, "v_proj": 1})
     assert content["parameters"] == 4 * 4 * 32
+
+
+def test_an_adapter_of_all_experts_of_a_block_has_no_rank_without_its_base(tmp_path: Path) -> None:
+    write_adapter(tmp_path, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    file = tmp_path / "adapter_model.safetensors"
+    own = "base_model.model.model.layers.0.mlp.experts"
+    parts = {f"{own}.{place}lora_{part}.weight": torch.zeros(8, 8) for place in ("base_layer.", "") for part in "AB"}
+    save_file({**load_file(file), **parts}, file)
+    content = content_of(open_headers(str(tmp_path)))
+    assert (content["ranks"], content["refused"]) == ({"4": 2}, [])
+    assert content["targets"] == {"experts": 2, "q_proj": 1, "v_proj": 1}
 
 
 def test_an_adapter_that_a_run_refuses_has_its_sentence(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ residuals of PiSSA, OLoRA and KaSA (see `delta.py`). Also merges fully trained t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from epmq_cli.models.lora.delta import product, residual, with_lengths
 from epmq_cli.models.lora.files import AdapterFile, sorted_file
 from epmq_cli.models.lora.names import Spelling, lacking, matched
 from epmq_cli.models.lora.shapes import LowRank, rows_problem
+from epmq_cli.models.lora.stacked import unstacked
 from epmq_cli.models.lora.ties import Ties
 from epmq_cli.models.model_folder import ModelFolder, SafetensorsFiles, TensorInfo, Tensors
 from epmq_cli.models.state_dict import open_file
@@ -48,8 +50,11 @@ class Adapted:
         self, path: Path, role: str, base: ModelFolder, merged: Collection[str], spelling: Spelling = str
     ) -> None:
         self.path, self._role, self.base = (path.parent if path.is_file() else path), role, base
-        self.config = read_config(self.path, role)
-        self._file = as_linears(base.config, _open(path, role))
+        config, tensors = read_config(self.path, role), as_linears(base.config, _open(path, role))
+        self.stored: Mapping[str, TensorInfo] = tensors.infos
+        """The tensors of the adapter's own file, by stored name."""
+        self._file, parameters = unstacked(config, base, tensors)
+        self.config = replace(config, parameters=parameters)
         files = sorted_file(self.path, role, self._file.infos)
         self._ties = Ties(base, self.config, files)
         places = self._places(files, merged, spelling)
@@ -94,11 +99,6 @@ class Adapted:
         B, A = (self._file.tensor(stored[part]).float() for part in ("lora_B", "lora_A"))
         turned = self._low_rank(stored).turned(self.infos[name].shape)
         return (A.T, B.T, self._scales[name]) if turned else (B, A, self._scales[name])
-
-    @property
-    def stored(self) -> Mapping[str, TensorInfo]:
-        """The tensors of the adapter's own file, by stored name."""
-        return self._file.infos
 
     @property
     def tied(self) -> Collection[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import regex
 
 from epmq_cli.errors import ModelError, literal
 from epmq_cli.models.headers import read_json
+from epmq_cli.models.mixtures import PARAMETERS
 from epmq_cli.runtime.console import log
 
 CONFIG = "adapter_config.json"
@@ -106,12 +108,14 @@ UNUSABLE = (AttributeError, TypeError, ValueError, OverflowError, RecursionError
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The options of one LoRA adapter. `init`: a member of RESIDUALS, "kasa", or None if the base is unchanged."""
+    """The options of one LoRA adapter. `init`: a member of RESIDUALS, "kasa", or None if the base is unchanged.
+    `parameters`: the parameter of all experts that PEFT adapts, by module of a linear of an expert."""
 
     path: Path
     role: str
     values: dict[str, Any]
     init: str | None
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     def is_set(self, option: str) -> bool:
         """Whether a switch is on."""
@@ -124,7 +128,7 @@ class AdapterConfig:
     def _alpha(self, module: str) -> float:
         try:
             patterns: dict[str, float] = self.values.get("alpha_pattern") or {}
-            name = f"{module}.weight" if self._is_parameter(f"{module}.weight") else module
+            name = f"{module}.weight" if self._is_parameter(f"{module}.weight") else self.parameters.get(module, module)
             alphas = (alpha for key, alpha in patterns.items() if _matches(key, name))
             alpha = next(alphas, self.values.get("lora_alpha", 8))
             if isinstance(alpha, bool) or not math.isfinite(float(alpha)):
@@ -215,11 +219,11 @@ def _check_modules(path: Path, role: str, values: dict[str, Any]) -> None:
             "adapter again"
         )
     targets = values.get("target_parameters") or []
-    odd = [target for target in targets if not str(target).endswith("weight")] if isinstance(targets, list) else [1]
-    if odd:
+    ends = ("weight", *PARAMETERS)
+    if not isinstance(targets, list) or not all(isinstance(own, str) and own.endswith(ends) for own in targets):
         raise ModelError(
             f"{role}: {path} is a LoRA adapter with target_parameters {literal(targets)}, but epmq merges only those "
-            f"that are the weight of a module; {REMEDY}"
+            f"that are the weight of a module, or {' and '.join(PARAMETERS)} of experts; {REMEDY}"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from epmq_cli.errors import ModelError
 from epmq_cli.models.headers import FLOATS, TensorInfo
 from epmq_cli.models.lora.config import CONFIG, REMEDY
+from epmq_cli.models.mixtures import EXPERTS
 
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Segments that torch.compile, FSDP and activation checkpointing insert into names."""
@@ -24,6 +25,8 @@ SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save\.(?P<rest>.+)")
 ROWS = re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{NAMED}")
 COPY = re.compile(r"(?P<module>.+?)\.(?:token_adapter\.)?base_layer\.(?P<rest>.+)")
 ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
+EXPERTS_MODULE = re.compile(rf"(?:.*\.)?{EXPERTS}(?:\.base_layer)?")
+"""The module of all experts of a block, inside a wrapper for each of its parameters that is adapted, see stacked.py."""
 TRAINING = ("lora_velora_embed",)  # used in the backward pass only
 KNOWN_PARTS = (
     {"lora_A", "lora_B"},
@@ -158,7 +161,7 @@ def _check_parts(path: Path, role: str, infos: Mapping[str, TensorInfo], module:
         raise ModelError(
             f"{role}: {path} contains {', '.join(sorted(parts))} of {module}, which epmq cannot merge; {REMEDY}"
         )
-    if module.endswith(".base_layer"):
+    if module.endswith(".base_layer") and not EXPERTS_MODULE.fullmatch(module):
         raise ModelError(
             f"{role}: {path} contains two LoRAs of one module ({module}), which {CONFIG} cannot describe; {REMEDY}"
         )

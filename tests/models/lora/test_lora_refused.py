@@ -75,8 +75,8 @@ def test_every_other_type_of_peft_is_refused_with_a_remedy(kind: str, tmp_path: 
         ({"use_bdlora": {"nblocks": 2}}, "with use_bdlora, .* merge_and_unload"),
         ({"use_qalora": True}, "with use_qalora, .* merge_and_unload"),
         (
-            {"target_parameters": ["experts.gate_up_proj"]},
-            r"target_parameters \['experts.gate_up_proj'\], .* merge_and",
+            {"target_parameters": ["experts.gate_up_proj_bias"]},
+            r"target_parameters \['experts.gate_up_proj_bias'\], .* merge_and",
         ),
         ({"target_parameters": "weight"}, "target_parameters 'weight', .* merge_and"),
         (
@@ -166,6 +166,14 @@ def test_tensors_that_do_not_belong_to_the_base_are_named(case: str, base: Model
     shapes, config, message = WRONG[case]
     with pytest.raises(ModelError, match=rf"^expert of task x: .*{message}"):
         opened(adapter(tmp_path, shapes, **config), base)
+
+
+def test_parameters_of_experts_that_epmq_does_not_know_are_refused(tmp_path: Path) -> None:
+    shapes = {"model.layers.0.mlp.experts.gate_up_proj": (4, 4, 4)}
+    base = open_base(folder(tmp_path / "base", shapes, "model.safetensors", model_type="gpt_oss"), "base")
+    part = {f"base_model.model.model.layers.0.mlp.experts.lora_{part}.weight": (8, 4) for part in "A"}
+    with pytest.raises(ModelError, match=f"target_parameters .* is not one of the mixtures .*: mixtral, .*; {MERGE}"):
+        opened(adapter(tmp_path, part, target_parameters=["experts.gate_up_proj"]), base)
 
 
 def test_ambiguous_places_are_refused(tmp_path: Path) -> None:
