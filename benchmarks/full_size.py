@@ -3,9 +3,12 @@
     python benchmarks/full_size.py clip-vit-base-patch32 --samples 32
     python benchmarks/full_size.py flan-t5-base --samples 32
     python benchmarks/full_size.py clip-vit-base-patch32 flan-t5-base --samples 256 --device cuda
+    python benchmarks/full_size.py olmoe-1b-7b --samples 16 --overrides eval.stages=[] calib.batch_size=4
 
-It uses two experts and random data and starts `epmq run` as a user does. The scores are meaningless. Models and data
-in runs/full/<model> are reused if they were made for the same number of samples.
+It uses two experts and random data and starts `epmq run` as a user does. The scores are meaningless. Models and data in
+runs/full/<model> are reused if they were made for the same options. Of OLMoE, it makes `--layers` layers with the true
+widths, few words and bfloat16 files, and counts the tokens that the experts of a block read; with `--experts 16`, 2
+instead of 8 of them for each token, which are as many tokens for each.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +32,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -44,6 +50,17 @@ FLAN_T5_BASE = {
     "vocab_size": 32128,
     "feed_forward_proj": "gated-gelu",
     "decoder_start_token_id": 0,
+}
+
+
+LENGTH = 256  # tokens of a text of OLMoE
+OLMOE = {
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 4096,
+    "vocab_size": 2004,
 }
 
 
@@ -72,7 +89,7 @@ def tokenizer(folder: Path, words: list[str], start: str, end: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder / "base")
 
 
-def clip(folder: Path, samples: int) -> dict[str, Any]:
+def clip(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Makes CLIP-ViT-B/32, the default configuration of CLIPConfig, and returns its suite."""
     torch.manual_seed(0)
     config = CLIPConfig()
@@ -82,8 +99,11 @@ def clip(folder: Path, samples: int) -> dict[str, Any]:
     tokenizer(folder, ["a", "photo", "of", "cat", "dog"], "", "</s>")
     generator, tasks = np.random.default_rng(0), {}
     for task in TASKS:
-        images = {f"{split}_images": generator.integers(0, 256, (samples, 224, 224, 3), np.uint8) for split in SPLITS}
-        labels = {f"{split}_labels": np.arange(samples) % 2 for split in SPLITS}
+        images = {
+            f"{split}_images": generator.integers(0, 256, (arguments.samples, 224, 224, 3), np.uint8)
+            for split in SPLITS
+        }
+        labels = {f"{split}_labels": np.arange(arguments.samples) % 2 for split in SPLITS}
         np.savez(folder / f"{task}.npz", **images, **labels)
         data = {"_target_": "epmq_cli.data.images.Npz", "path": str(folder / f"{task}.npz")}
         names = {"classes": ["cat", "dog"], "templates": ["a photo of a {}"]}
@@ -91,7 +111,7 @@ def clip(folder: Path, samples: int) -> dict[str, Any]:
     return {"family": "clip", "tasks": tasks}
 
 
-def t5(folder: Path, samples: int) -> dict[str, Any]:
+def t5(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Makes FLAN-T5-base with an untied output layer and returns its suite."""
     torch.manual_seed(0)
     base = T5ForConditionalGeneration(T5Config(**FLAN_T5_BASE, tie_word_embeddings=False)).eval()
@@ -106,27 +126,47 @@ def t5(folder: Path, samples: int) -> dict[str, Any]:
     for task in TASKS:
         paths = {split: folder / f"{task}_{split}.tsv" for split in SPLITS}
         for path in paths.values():
-            texts = (" ".join(generator.choice(words, generator.integers(20, 60))) for _ in range(samples))
+            texts = (" ".join(generator.choice(words, generator.integers(20, 60))) for _ in range(arguments.samples))
             path.write_text("label\ttext\n" + "".join(f"{i % 2}\t{text}\n" for i, text in enumerate(texts)))
         data = {"_target_": "epmq_cli.data.table.Table", **{split: str(path) for split, path in paths.items()}}
         tasks[task] = {"expert": str(folder / task), "data": data, "classes": ["w1", "w2"]}
     return {"family": "t5", "tasks": tasks}
 
 
+def olmoe(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Makes layers of OLMoE-1B-7B with an untied output layer and returns their suite."""
+    torch.manual_seed(0)
+    mixture = {"num_experts": arguments.experts, "num_experts_per_tok": arguments.experts // 8}
+    ids = {"pad_token_id": 0, "eos_token_id": 1}
+    config = OlmoeConfig(**OLMOE, **mixture, **ids, num_hidden_layers=arguments.layers)
+    save(folder, OlmoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval())
+    words = [f"w{number}" for number in range(OLMOE["vocab_size"] - 4)]
+    tokenizer(folder, words, "", "</s>")
+    generator, tasks = np.random.default_rng(0), {}
+    for task in TASKS:
+        paths = {split: folder / f"{task}_{split}.jsonl" for split in SPLITS}
+        for path in paths.values():
+            texts = (" ".join(generator.choice(words, LENGTH - 1)) for _ in range(arguments.samples))
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        data = {"_target_": "epmq_cli.data.documents.Documents", **{split: str(path) for split, path in paths.items()}}
+        tasks[task] = {"expert": str(folder / task), "data": data, "metric": "perplexity", "max_length": LENGTH}
+    return {"family": "causal_lm", "tasks": tasks}
+
+
 SPLITS = ("train", "test")
-MODELS = {"clip-vit-base-patch32": clip, "flan-t5-base": t5}
+MODELS = {"clip-vit-base-patch32": clip, "flan-t5-base": t5, "olmoe-1b-7b": olmoe}
 
 
 def measure(name: str, arguments: argparse.Namespace) -> None:
     """Makes the suite, runs it and prints the stages from metrics.json."""
     folder = arguments.out / name
     config = folder / "configs" / "suite" / "full.yaml"
-    named = f"{name}-{arguments.samples}"
+    named = f"{name}-{arguments.samples}-{arguments.layers}-{arguments.experts}"
     if not config.is_file() or json.loads(config.read_text())["name"] != named:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         suite = {"_target_": "epmq_cli.data.suite.Suite", "name": named, "base": str(folder / "base")}
-        suite |= MODELS[name](folder, arguments.samples)
+        suite |= MODELS[name](folder, arguments)
         config.parent.mkdir(parents=True)
         config.write_text(json.dumps(suite, indent=1))  # JSON is YAML
     run = folder / "run"
@@ -134,18 +174,32 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
     options = [f"out={run}", f"calib.samples={arguments.samples}", f"device={arguments.device}", "cache=false"]
     options += arguments.overrides
     command = [sys.executable, "-m", "epmq_cli", "run", "--config-dir", str(folder / "configs"), "suite=full", *options]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True)
-    wall = time.perf_counter() - start
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     metrics = json.loads((run / "metrics.json").read_text())
     where, threads = metrics["environment"]["device_name"], metrics["environment"]["threads"]
-    print(f"\n{name}, 2 experts, {arguments.samples} samples a task, {where}, {threads} threads: {wall:.0f} s in all\n")
+    print(f"\n{name}, 2 experts, {arguments.samples} samples a task, {where}, {threads} threads: {wall:.0f} s in all,")
+    print(f"{used:.0f} s of processors\n")
     print("| stage | seconds | peak host GB | peak device GB |\n|---|---|---|---|")
     for stage, record in metrics["stages"].items():
         device = record["peak_device_bytes"]
         shown = "" if device is None else f"{device / 1e9:.2f}"
         print(f"| {stage} | {record['seconds']:.1f} | {record['peak_host_bytes'] / 1e9:.2f} | {shown} |")
     print(f"\n{json.dumps(metrics['bytes'])}", flush=True)
+    if layers := [layer for layer in metrics["layers"] if ".experts." in layer["name"]]:
+        print_tokens(layers)
+
+
+def print_tokens(layers: Sequence[dict[str, Any]]) -> None:
+    """Prints how many tokens reach the experts of mixtures. `layers`: the entries of their linears in metrics.json."""
+    tokens = sorted({layer["name"].rpartition(".")[0]: layer["tokens"] for layer in layers}.values())
+    few = {
+        width: sum(count < width for count in tokens) for width in (1, OLMOE["intermediate_size"], OLMOE["hidden_size"])
+    }
+    print(f"{len(tokens)} experts read {tokens[0]} to {tokens[-1]} tokens, the middle one {tokens[len(tokens) // 2]}")
+    print("; ".join(f"{count} read fewer than {width}" for width, count in few.items()))
 
 
 def main() -> None:
@@ -153,6 +207,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=list(MODELS))
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=1, help="of OLMoE")
+    parser.add_argument("--experts", type=int, default=64, help="of a block of OLMoE")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/full"))
     parser.add_argument("--overrides", nargs="*", default=[], help="further overrides of the run")
