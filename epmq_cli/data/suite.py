@@ -38,7 +38,9 @@ class Task:
     `match_labels`: whether labels of the data match classes of the head by `name`, if both have names, or by
     `position`. `answer_length`: the maximum tokens of a generated answer, including the start token; None for ANSWER,
     or for WRITTEN if it is compared with a text. `processor` and `heads`: see Suite. `stride`: tokens from one window
-    of a perplexity to the next; None for `max_length`, windows without overlap.
+    of a perplexity to the next; None for `max_length`, windows without overlap. `assistant_only_loss`: whether the
+    expert was trained on the assistant's answers only; then the perplexity, and the KL divergence from the expert,
+    count only their tokens.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Task:
     packing: bool = True
     stride: int | None = None
     answer_length: int | None = None
+    assistant_only_loss: bool = False
 
     def __post_init__(self) -> None:
         where = f"suite.tasks.{self.name}"

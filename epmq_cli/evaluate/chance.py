@@ -93,8 +93,11 @@ def warning(task: ScoredTask, result: Check, base: float | None) -> str:
     if task.metric == PERPLEXITY:
         other = f"the base's is {base:.4g}" if base is not None else ""
         other = f"a uniform guess has {result.chance:.4g}" if result.score >= result.chance else other
+        trained = task.talks and task.text is not None and task.text.ndim == 1
+        answers = f"suite.tasks.{task.name}.assistant_only_loss=true if it was trained on answers only, or check "
         return (
-            f"task {task.name}: the expert's perplexity is {result.score:.4g}, and {other}; check {CAUSES[PERPLEXITY]}"
+            f"task {task.name}: the expert's perplexity is {result.score:.4g}, and {other}; "
+            f"{'set ' + answers if trained else 'check '}{CAUSES[PERPLEXITY]}"
         )
     if task.metric in TEXT_METRICS:
         return (

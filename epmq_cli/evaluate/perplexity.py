@@ -29,23 +29,32 @@ def perplexity(
     stride: int,
     batch_size: int,
 ) -> Score:
-    """exp of the mean loss of the predicted tokens of `ids` (tokens,), read in windows of `length` tokens.
+    """exp of the mean loss of the predicted tokens of `ids` (tokens,), read in windows of `length` tokens. Of `ids`
+    (tokens, 2) only those with a 1 beside them count, and models read all.
 
     `losses_of` returns `window_losses` for windows (windows, tokens). Each window starts `stride` tokens after the one
     before it, and only its new tokens count. With `stride` equal to `length`, the protocol of GPTQ and most tables,
     windows do not overlap and the first token of each is not predicted; with a smaller stride each token except the
     first counts once. The last window may be shorter, and counts; GPTQ (https://github.com/IST-DASLab/gptq,
     `llama_eval`) drops it, which equals this on `ids` cut to whole windows.
-    DataError if no token is predicted, ModelError if logits are NaN. The mean loss is capped at `LARGEST`.
+    DataError if no token is predicted, ModelError if logits are NaN. The mean loss is capped at `LARGEST`. Samples of
+    the score are windows with tokens that count.
     """
+    ids, marks = ids.unbind(1) if ids.ndim == 2 else (ids, torch.ones_like(ids))
     sums, counts = [], []
     for group in batched(windows(len(ids), length, stride), batch_size):
         losses = losses_of(torch.stack([ids[start:end] for start, end, _ in group]))
-        for (_, _, fresh), row in zip(group, losses, strict=True):
-            counted = row[-min(fresh, len(row)) :] if len(row) else row
+        for (_, end, fresh), row in zip(group, losses, strict=True):
+            new = min(fresh, len(row))
+            counted = row[len(row) - new :][marks[end - new : end] == 1]
             if len(counted):
                 sums.append(float(counted.sum()))
                 counts.append(len(counted))
+    if not counts and len(ids) > 1:
+        raise DataError(
+            f"perplexity needs answers behind the first token of windows of {length} tokens, got none among {len(ids)} "
+            "tokens; raise max_length, or give more test data"
+        )
     if not counts:
         raise DataError(f"perplexity needs at least two tokens of text, got {len(ids)}")
     total, count = sum(sums), sum(counts)

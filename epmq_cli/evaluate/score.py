@@ -65,8 +65,9 @@ class ScoredTask:
 
     `classes`: their number, for tasks without heads; `names`: the names of the head's classes. `processor`: the folder
     of the tokenizer or image processor, if it is not the base's. For perplexity `samples` has one input, the tokens of
-    all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart. `talks`: whether
-    any document of a language model is a conversation; `text`: the tokens of all of them. `decode`: turns predictions
+    all documents (tokens,), which are read in windows of `length` that start `stride` tokens apart; (tokens, 2) if only
+    those with a 1 beside them count. `talks`: whether any document of a language model is a conversation; `text`: the
+    tokens of all of them, likewise. `decode`: turns predictions
     into texts, for metrics of texts. `ranking`: the queries and documents of the samples, if the metric is of their
     order.
     """

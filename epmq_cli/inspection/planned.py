@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -239,7 +240,8 @@ def _draw(plan: Planned, job: Job, remote: bool) -> None:
         plan.tests[task.name] = len(samples)
         if isinstance(language, LanguageModel):
             overlap = task.max_length / (task.stride or task.max_length)
-            plan.tests[task.name] = round(overlap * len(language.tokens(base, samples.inputs, None)))
+            ids = plan.attempt(partial(language.scored, base, task, samples.inputs))
+            plan.tests[task.name] = 0 if ids is None else round(overlap * len(ids))
 
 
 def _on_disk(data: Any) -> bool:

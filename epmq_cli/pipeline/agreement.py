@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_cli.checkpoint.rounded_inputs import rounded_inputs
-from epmq_cli.data.batching import Batch
+from epmq_cli.data.batching import ANSWERS, Batch, without
 from epmq_cli.data.sampling import batches
 from epmq_cli.evaluate.score import ScoredTask
 from epmq_cli.merge.source import MergeSource
@@ -72,7 +72,8 @@ class Agreement:
     @property
     def entry(self) -> dict[str, Any]:
         """The entry of metrics.json, by task and stage."""
-        return {task: {stage: found[task] for stage, found in self.stages.items()} for task in self.experts}
+        measured = [task for task, batches in self.experts.items() if batches]
+        return {task: {stage: found[task] for stage, found in self.stages.items()} for task in measured}
 
     @torch.inference_mode()
     def _measured(self, task: ScoredTask) -> dict[str, float]:
@@ -100,23 +101,31 @@ def _outputs_of(context: RunContext, expert: nn.Module, task: ScoredTask) -> Ite
 
 
 def _logits(context: RunContext, model: nn.Module, batch: Batch, task: ScoredTask) -> Tensor:
-    """The logits (rows, classes) of a batch, some samples at a time."""
-    family = context.job.family
+    """The logits (rows, classes) of a batch, some samples at a time. Of batches with `ANSWERS` those that predict the
+    tokens of answers."""
+    family, read = context.job.family, without(batch, (ANSWERS,))
     with fast_linears(model):
-        return context.scorer.micro.rows(lambda part: outputs(family, model, part, task.head).logits, batch)
+        logits: Tensor = context.scorer.micro.rows(lambda part: outputs(family, model, part, task.head).logits, read)
+    if ANSWERS not in batch:
+        return logits
+    predicts = batch[ANSWERS].roll(-1, 1)
+    predicts[:, -1] = 0  # the token that it predicts is outside of the window
+    return logits[predicts.flatten() == 1]
 
 
 def _batches(context: RunContext, task: ScoredTask) -> Iterator[Batch]:
-    """Batches of some of the test samples; of language models windows of `length` tokens, one at a time."""
+    """Batches of some of the test samples; of language models windows of `length` tokens, one at a time, and with
+    predicted answers if only these count."""
     job = context.job
     if not len(task.samples):
         return
     if task.text is not None:
-        ids = task.text
-        length = min(task.length, len(ids))
-        count = min(SAMPLES, max(1, TOKENS // length), len(ids) // length)
-        for number in range(count):
-            yield {"input_ids": ids[number * length : (number + 1) * length][None].to(job.device)}
+        length = min(task.length, len(task.text))
+        windows = torch.split(task.text, length)[: len(task.text) // length]
+        counted = [window for window in windows if window.ndim == 1 or window[1:, 1].any()]
+        for window in counted[: min(SAMPLES, max(1, TOKENS // length))]:
+            parts = (window,) if window.ndim == 1 else window.unbind(1)
+            yield {name: part[None].to(job.device) for name, part in zip(("input_ids", ANSWERS), parts, strict=False)}
         return
     count = min(SAMPLES, len(task.samples))
     some = task.samples.take([number * len(task.samples) // count for number in range(count)])

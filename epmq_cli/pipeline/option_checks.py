@@ -168,6 +168,11 @@ def check_scoring(suite: Suite, family: Family, evaluation: Evaluation, scored: 
         check_choice(f"suite.tasks.{task.name}.metric", task.metric, family.metrics)
         family.check_task(task)
         check_metric(task, scored, answered=isinstance(family.tasks, LanguageModel))
+        if task.assistant_only_loss and not isinstance(family.tasks, LanguageModel):
+            raise ConfigError(
+                f"suite.tasks.{task.name}.assistant_only_loss is for decoders, which read questions and answers as one "
+                f"text, got models of family {family.name}; leave it out"
+            )
         if task.heads == "expert" and family.heads == "none":
             raise ConfigError(
                 f"suite.tasks.{task.name}.heads must be base because models of family {family.name} have no heads, got "

@@ -63,7 +63,7 @@ class EvaluationData:
             ranking = Ranking.of(samples)
         if isinstance(family.tasks, LanguageModel) and samples is not UNSCORED:
             language = family.tasks
-            talks, text = has_chats(samples.inputs), language.tokens(folder, samples.inputs, processor)
+            talks, text = has_chats(samples.inputs), language.scored(folder, task, samples.inputs, processor)
             written = task.metric in TEXT_METRICS
             samples = language.questions(folder, task, samples, processor) if written else Samples([text])
         if ranking is None and samples.labels is not None and not samples.labels.is_floating_point():

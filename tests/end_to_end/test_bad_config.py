@@ -116,6 +116,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("data.path", "data.train", "data.test"), ("text",)),
     "data.input": TEXT_OR_NULL,
     "suite.each.packing": ("true",),
+    "suite.each.assistant_only_loss": ("true",),
     "suite.each.documents": ("null",),
 }
 JOINT = ("guidance.prompt_weight", "pack.open_clip", "quant.iterations", "quant.group_size", "refine.distill.epochs")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epmq_cli.data.samples import Samples
-from epmq_cli.evaluate.chance import check, check_experts
+from epmq_cli.evaluate.chance import check, check_experts, warning
 from epmq_cli.evaluate.metrics import Score
 from epmq_cli.evaluate.score import ScoredTask
 
@@ -47,6 +47,14 @@ def test_perplexities_are_compared_with_a_uniform_guess_and_the_base(score: floa
     task = ScoredTask("code", Samples([torch.arange(9)]), dict, {}, lambda *_: None, "perplexity", 4)
     found = check(task, score, base, 500)
     assert (found.chance, found.at_chance) == (500, at_chance)
+
+
+@pytest.mark.parametrize(("marked", "said"), [(False, True), (True, False)])
+def test_bad_perplexities_of_conversations_may_be_of_questions(marked: bool, said: bool) -> None:
+    ids = torch.ones(9, 2).long() if marked else torch.arange(9)
+    task = ScoredTask("code", Samples([ids]), dict, {}, lambda *_: None, "perplexity", 4, talks=True, text=ids)
+    text = warning(task, check(task, 90, 40, 500), 40)
+    assert ("set suite.tasks.code.assistant_only_loss=true if it was trained on answers only" in text) == said
 
 
 def test_an_expert_at_chance_causes_a_warning_that_names_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -38,6 +38,23 @@ def test_a_bigram_model_has_the_mean_loss_of_its_predictions() -> None:
     assert perplexity(lambda ids: table[ids], IDS, 5, 2, 3) == pytest.approx(math.exp(float(losses.mean())))
 
 
+def test_only_marked_tokens_count() -> None:
+    """Closed form: the mean over the marked tokens, without the first of each window."""
+    table = torch.randn(7, 7, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    losses = -table[IDS[:-1], IDS[1:]]
+    marks = torch.arange(23) % 3 // 2  # of tokens 2, 5, 8, ...; 5 and 20 start windows
+    marked = torch.stack([IDS, marks], 1)
+    counted = [losses[place - 1] for place in (2, 8, 11, 14, 17)]
+    assert perplexity(lambda ids: table[ids], marked, 5, 5, 3) == pytest.approx(math.exp(sum(counted) / 5))
+    counted = [losses[place - 1] for place in range(2, 23, 3)]
+    assert perplexity(lambda ids: table[ids], marked, 5, 2, 3) == pytest.approx(math.exp(sum(counted) / 7))
+    whole = torch.stack([IDS, torch.ones_like(IDS)], 1)
+    assert perplexity(lambda ids: table[ids], whole, 5, 2, 3) == perplexity(lambda ids: table[ids], IDS, 5, 2, 3)
+    first = torch.stack([IDS, (torch.arange(23) % 5 == 0).long()], 1)
+    with pytest.raises(DataError, match="got none among 23 tokens; raise max_length"):
+        perplexity(lambda ids: table[ids], first, 5, 5, 3)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 50])
 @pytest.mark.parametrize(("length", "stride"), [(5, 5), (6, 4), (8, 3), (40, 40)])
 def test_windows_match_the_recipe_of_the_transformers_documentation(length: int, stride: int, batch_size: int) -> None:

@@ -3,20 +3,23 @@ probabilities."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from epmq_cli.calibrate.activations.hidden_state import enter
 from epmq_cli.calibrate.activations.store import ActivationStore
 from epmq_cli.data.batching import ANSWERS
+from epmq_cli.data.chats import Chat
 from epmq_cli.errors import ConfigError, DataError
+from epmq_cli.families.causal_lm import CAUSAL_LM
 from epmq_cli.families.processors import tokens
-from epmq_cli.families.tasks.language_model import DRAWS
+from epmq_cli.families.tasks.language_model import DRAWS, LanguageModel
 from epmq_cli.models.weights import copy_into
 from epmq_cli.pipeline import steps as steps
 from epmq_cli.pipeline.calibration import run_teachers
@@ -25,6 +28,7 @@ from epmq_cli.pipeline.job import make_job
 from tests.helpers.architectures import TAKEN, built
 from tests.helpers.hubs import config, walk
 from tests.helpers.minihub import decoder_files, decoder_hub
+from tests.helpers.talks import talking
 from tests.helpers.tiers import slow
 
 APART = "+suite.each={packing: false}"
@@ -129,18 +133,6 @@ def test_other_models_write_no_text(bert_hub: Path) -> None:
         make_job(config(bert_hub, "calib.source=generate"))
 
 
-def talking(folder: Path, role: str = "assistant") -> Path:
-    """A hub with conversations as its texts. `role`: who answers."""
-    decoder_hub(folder, "llama")
-    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {{ eos_token }}{% endfor %}"
-    (folder / "base" / "chat_template.jinja").write_text(template)
-    for path in folder.glob("*.jsonl"):
-        texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-        talks = [[{"role": "user", "content": a}, {"role": role, "content": b}] for a, b in itertools.pairwise(texts)]
-        path.write_text("".join(json.dumps({"text": talk}) + "\n" for talk in talks))
-    return folder
-
-
 @pytest.mark.parametrize("apart", [(), slow(((APART,),))])
 def test_prompts_weigh_less_than_answers(apart: tuple[str, ...], tmp_path: Path) -> None:
     options = (*apart, "guidance=expert", "guidance.safe=false", "quant=none", "calib.samples=12", "calib.batch_size=5")
@@ -174,6 +166,70 @@ def test_scored_data_of_another_kind_is_told(hub: Path, tmp_path: Path, caplog: 
         found = "task first calibrates on conversations and is scored on texts" in caplog.text
         assert found == told
         assert "task second calibrates" not in caplog.text
+
+
+def answered(folder: Path) -> tuple[Tensor, Tensor]:
+    """The tokens of the test conversations of a task and their labels, -100 where they are not of an answer or of the
+    token behind it: (tokens,)."""
+    tokenizer, ids, labels = AutoTokenizer.from_pretrained(folder / "base"), list[int](), list[int]()
+    for line in (folder / "first_test.jsonl").read_text().splitlines():
+        question, answer = (message["content"] for message in json.loads(line)["text"])
+        before = f"user {question} {tokenizer.eos_token}assistant "
+        whole = tokenizer(f"{before}{answer} {tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+        asked = len(tokenizer(before.strip(), add_special_tokens=False)["input_ids"])
+        ids, labels = ids + whole, labels + [-100] * asked + whole[asked:]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("stride", [5, 12])
+def test_perplexity_of_answers_is_the_loss_of_transformers(stride: int, tmp_path: Path) -> None:
+    """Oracle: `labels` of -100 on prompts, and on tokens of earlier windows."""
+    folder = talking(tmp_path / "hub")
+    job = make_job(config(folder, f"+suite.each={{assistant_only_loss: true, stride: {stride}}}", "eval.batch_size=3"))
+    models, model, _ = steps.open_models(job)
+    task = steps.prepare_tasks(job, model, models)[0]
+    ids, wanted = answered(folder)
+    total, count, reached, used = 0.0, 0, 0, 0
+    for start in range(0, len(ids), stride):
+        end = min(start + 12, len(ids))
+        labels = wanted[start:end].clone()
+        labels[: max(0, reached - start)] = -100
+        predicted, reached = int((labels[1:] != -100).sum()), end
+        if predicted:
+            with torch.inference_mode():
+                loss = model(input_ids=ids[None, start:end], labels=labels[None]).loss
+            total, count, used = total + predicted * float(loss), count + predicted, used + 1
+        if end == len(ids):
+            break
+    found = RunContext.of(job).scorer.score(model, task)
+    assert found.value == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found.samples == used
+    assert found.error is not None
+
+
+def test_only_answers_count_where_there_are_some(hub: Path, bert_hub: Path, tmp_path: Path) -> None:
+    option = "+suite.each={assistant_only_loss: true}"
+    with pytest.raises(ConfigError, match=r"first.assistant_only_loss is for decoders, .* got models of family bert"):
+        make_job(config(bert_hub, option))
+    silent = talking(tmp_path / "silent", role="user")
+    for folder, kind in ((hub, "texts"), (silent, "conversations without an answer of the assistant")):
+        job = make_job(config(folder, option))
+        models, model, _ = steps.open_models(job)
+        with pytest.raises(DataError, match=f"task first: its test samples are {kind}, and .* or set it to false"):
+            steps.prepare_tasks(job, model, models)
+
+
+def test_sources_of_conversations_and_texts_are_all_read(hub: Path, tmp_path: Path) -> None:
+    """Texts among conversations count whole."""
+    language = CAUSAL_LM.tasks
+    assert isinstance(language, LanguageModel)
+    folder = talking(tmp_path / "hub")
+    talk = json.loads((folder / "first_test.jsonl").read_text().splitlines()[0])["text"]
+    text = json.loads((hub / "first_test.jsonl").read_text().splitlines()[0])["text"]
+    chat = Chat(talk, "row 1")
+    parts = [language.each(folder / "base", [part], answers=True)[0] for part in (text, chat, text)]
+    assert torch.equal(language.tokens(folder / "base", [text, chat, text], answers=True), torch.cat(parts))
+    assert [set(part[:, 1].tolist()) for part in parts] == [{1}, {0, 1}, {1}]
 
 
 def test_prompts_need_conversations_with_answers(hub: Path, bert_hub: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from epmq_cli.pipeline.job import make_job
 from epmq_cli.report.table import agreement_lines
 from tests.helpers.hubs import config, run_in
 from tests.helpers.minihub import build
+from tests.helpers.talks import talking
 from tests.helpers.tiers import only
 
 
@@ -32,6 +34,28 @@ def test_a_model_agrees_with_itself_and_less_with_others(kind: str, tmp_path: Pa
     assert found.stages["first"]["first"] == pytest.approx({"kl": 0, "top1": 1}, abs=1e-6)
     found.measure("other", tasks[1:])
     assert found.stages["other"]["second"]["kl"] > 1e-6
+
+
+def test_answers_alone_are_compared_if_the_loss_counted_these(tmp_path: Path) -> None:
+    """Oracle: the definition of KL, of the tokens in front of those of answers."""
+    hub = talking(tmp_path / "hub")
+    job = make_job(config(hub, "+suite.each={assistant_only_loss: true}"))
+    models, model, _ = steps.open_models(job)
+    tasks = steps.prepare_tasks(job, model, models)[:1]
+    found = Agreement.of(RunContext.of(job), model, tasks, models.source)
+    expert = deepcopy(model)  # which `of` ran last
+    found.measure("merged", tasks)
+    copy_into(model, models.source.model("second"))
+    found.measure("quantized", tasks)
+    assert tasks[0].text is not None
+    windows = [window for window in tasks[0].text.split(12) if len(window) == 12 and window[1:, 1].any()]
+    divergences: list[torch.Tensor] = []
+    for ids, marks in (window.T for window in windows[:64]):
+        with torch.inference_mode():
+            wanted, own = (each(input_ids=ids[None]).logits[0].double().log_softmax(-1) for each in (expert, model))
+        divergences += list((wanted.exp() * (wanted - own)).sum(-1)[:-1][marks[1:] == 1])
+    assert found.entry["first"]["merged"] == pytest.approx({"kl": 0, "top1": 1}, abs=1e-6)
+    assert found.entry["first"]["quantized"]["kl"] == pytest.approx(float(torch.stack(divergences).mean()), rel=1e-3)
 
 
 def test_runs_report_the_divergence_of_merge_and_result(bert_hub: Path, tmp_path: Path) -> None:

@@ -106,13 +106,28 @@ class LanguageModel(TaskAdapter):
     ) -> list[Tensor]:
         """The token ids (tokens,) of each document or conversation, see `tokens`."""
         chats = [document for document in documents if isinstance(document, Chat)]
-        if chats:
-            return chat_ids(folder, chats, processor, answers)
-        encode = tokens(folder, processor=processor)
-        found = [encode(document, verbose=False)["input_ids"][0] for document in documents]
-        for document, ids in zip(documents, found, strict=True):
+        talks = iter(chat_ids(folder, chats, processor, answers) if chats else ())
+        encode, found = tokens(folder, processor=processor), []
+        for document in documents:
+            if isinstance(document, Chat):
+                found.append(next(talks))
+                continue
+            ids = encode(document, verbose=False)["input_ids"][0]
             check_not_truncated(processor.folder if processor else folder, [document], len(ids))
-        return [torch.stack([ids, torch.ones_like(ids)], 1) for ids in found] if answers else found
+            found.append(torch.stack([ids, torch.ones_like(ids)], 1) if answers else ids)
+        return found
+
+    def scored(self, folder: Path, task: Task, documents: Sequence[str], processor: Processor | None = None) -> Tensor:
+        """The token ids (tokens,) of all test documents; with `assistant_only_loss` (tokens, 2), see `tokens`.
+        DataError if they then have no answers. `folder` and `processor` as for `collate`."""
+        ids = self.tokens(folder, documents, processor, task.assistant_only_loss)
+        if task.assistant_only_loss and not (has_chats(documents) and bool(ids[:, 1].any())):
+            kind = "conversations without an answer of the assistant" if has_chats(documents) else "texts"
+            raise DataError(
+                f"task {task.name}: its test samples are {kind}, and suite.tasks.{task.name}.assistant_only_loss=true "
+                "counts the assistant's answers in conversations; give conversations that have them, or set it to false"
+            )
+        return ids
 
     def starts(self, folder: Path, task: Task, count: int, seed: int, processor: Processor | None = None) -> Batch:
         """The starts of `count` texts of `max_length` tokens, which `complete` continues: what the chat template writes
