@@ -6,7 +6,7 @@
 Needs the models of lora.py. Rows are those of quality.py, in 4 bits and groups of 64; merges other than the first are
 measured dense, and random ones with every seed. Test samples are the same for all seeds, and calibration does not see
 them. The loss of the arithmetic expert counted answers only, and so do its perplexity and KL divergence, which are of
-QUESTIONS questions; the last two columns are over whole conversations. Results under --out are reused.
+READ questions; the last two columns are over whole conversations. Results under --out are reused.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from epmq_cli.pipeline.context import RunContext
 from epmq_cli.pipeline.job import Job
 from epmq_cli.pipeline.scored_tasks import EvaluationData
 
-ASKED, QUESTIONS, LENGTH = "arithmetic", 256, 8
-"""The task that is scored by exact answers too, its test questions, and the most tokens of an answer."""
+ASKED, READ, QUESTIONS, LENGTH = "arithmetic", 96, 256, 8
+"""The task that is also scored by exact answers, its test questions for perplexity and KL divergence and for exact
+answers, and the most tokens of an answer."""
 RANDOM = ("dare_linear", "dare_ties", "della")
 DENSE = "merge, dense"
 BITS = "4"
@@ -48,7 +49,7 @@ class Answers(Session):
         self.models, self.model, self.dtype = steps.open_models(job)
         self.tasks = steps.prepare_tasks(job, self.model, self.models)
         place = [task.name for task in self.tasks].index(ASKED)
-        self.tasks[place] = self._asked(job, QUESTIONS)
+        self.tasks[place] = self._asked(job, READ)
         self.questions = self._asked(job, QUESTIONS, metric="exact_match", answer_length=LENGTH)
         self.whole = self._asked(job, job.evaluation.samples, assistant_only_loss=False)
         context, source = RunContext.of(job), self.models.source
