@@ -20,6 +20,7 @@ from epmq_cli.checkpoint.open_clip import check_base
 from epmq_cli.checkpoint.rounded_inputs import input_formats, round_inputs
 from epmq_cli.config import schema
 from epmq_cli.config.schema import GENERATE
+from epmq_cli.data.answers import check_answers, unmarked
 from epmq_cli.data.batching import Batch, Batches, split
 from epmq_cli.data.chats import has_chats
 from epmq_cli.data.mixture import Mixture
@@ -164,7 +165,7 @@ def calibration_batches(
     `task_processors`. `scored`: the tasks with their test samples; epmq warns if these are of another kind."""
     warn_of_shared_data(job)
     talks = {task.name: task.talks for task in scored}
-    size, drawn = job.calib.batch_size, {}
+    size, drawn, marked = job.calib.batch_size, {}, {}
     for task in track(job.suite.members, "read calibration data"):
         own = (processors or {}).get(task.name)
         if isinstance(job.family.tasks, LanguageModel) and job.calib.source == GENERATE:
@@ -177,24 +178,16 @@ def calibration_batches(
             tokens_of = partial(_tokens, job, base, task, own, talks.get(task.name))
             samples = sequences(task, tokens_of, job.calib.samples, job.seed)
             check_some(task.name, "train", len(samples))
-            check_answers(task.name, samples.inputs)
+            if job.guidance.prompt_weight != 1:
+                samples, marked[task.name] = unmarked(samples)
         else:
             samples = draw(task, job.calib.samples, job.seed)
             check_inputs(job.family, task.name, samples.inputs)
             samples = job.family.tasks.calibrating(task, samples, job.calib.samples).by_length()
         places = [size * number for number in _own_batches(task.name, math.ceil(len(samples) / size))]
         drawn[task.name] = list(batches(samples, job.family.collate(base, task, own), size, job.device, places))
+    check_answers(marked)
     return drawn
-
-
-def check_answers(task: str, samples: Sequence[Tensor]) -> None:
-    """DataError if answers of a task shall weigh more than prompts, and it has no prompts or no answers."""
-    if samples[0].ndim == 2 and len(marks := {mark for own in samples for mark in own[:, 1].tolist()}) < 2:
-        kind = "texts, not conversations" if 1 in marks else "conversations without an answer of the assistant"
-        raise DataError(
-            f"task {task} has {kind}, so guidance.prompt_weight has nothing to weigh; leave it at 1, or set "
-            f"suite.tasks.{task}.data to conversations"
-        )
 
 
 def warn_of_shared_data(job: Job) -> None:

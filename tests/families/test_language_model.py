@@ -236,8 +236,32 @@ def test_prompts_need_conversations_with_answers(hub: Path, bert_hub: Path, tmp_
     option = "guidance.prompt_weight=0.5"
     with pytest.raises(ConfigError, match=r"prompt_weight=0.5 needs language models and data with conversations"):
         make_job(config(bert_hub, option))
-    with pytest.raises(DataError, match=r"task first has texts, not conversations"):
+    with pytest.raises(DataError, match=r"no task has both .*: first has texts, not conversations, second has texts"):
         steps.calibration_batches(make_job(config(hub, option)), hub / "base")
     silent = talking(tmp_path / "silent", role="user")
-    with pytest.raises(DataError, match=r"task first has conversations without an answer"):
+    with pytest.raises(DataError, match=r"first has conversations without an answer .* set guidance.prompt_weight=1"):
         steps.calibration_batches(make_job(config(silent, option)), silent / "base")
+
+
+def test_tokens_of_texts_count_alike_beside_conversations(
+    hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the batches and weights without the option; conversations without answers are told."""
+    folder, silent = talking(tmp_path / "hub"), talking(tmp_path / "silent", role="user")
+    options = ("guidance=expert", "guidance.safe=false", "quant=none")
+    for other, told in ((hub, False), (silent, True)):
+        caplog.clear()
+        data = f"suite.tasks.second.data.train='{other / 'second_train.jsonl'}'"
+        less, alike = (
+            walk(folder, *options, data, f"guidance.prompt_weight={weight}").walked.records for weight in ("0.25", "1")
+        )
+        assert all(one.loss_merged != other.loss_merged for one, other in zip(alike, less, strict=True))
+        first, second = (
+            steps.calibration_batches(make_job(config(folder, *options, data, option)), folder / "base")
+            for option in ("guidance.prompt_weight=0.25", "guidance.prompt_weight=1")
+        )
+        assert all(ANSWERS in batch for batch in first["first"])
+        for one, same in zip(first["second"], second["second"], strict=True):
+            assert list(one) == list(same)
+            assert torch.equal(one["input_ids"], same["input_ids"])
+        assert ("task second calibrates on conversations without an answer" in caplog.text) == told

@@ -19,6 +19,7 @@ from epmq_cli.pipeline.preflight import check_groups
 from epmq_cli.quantize.formats.int import IntFormat
 from tests.conftest import Run
 from tests.helpers.hubs import run_in
+from tests.helpers.minihub import decoder_hub
 
 FEW = ("calib.samples=8", "eval.samples=4", "group_size=16")
 
@@ -46,6 +47,14 @@ def test_a_plan_refuses_in_the_words_of_the_run(bert_hub: Path) -> None:
     with pytest.raises(ConfigError) as wanted:
         check_groups(model, FAMILIES["bert"], [IntFormat(4, 24, "none")])
     assert content["refused"] == [str(wanted.value)]
+
+
+@pytest.mark.slow
+def test_a_plan_refuses_test_data_without_answers(tmp_path: Path) -> None:
+    hub = decoder_hub(tmp_path, "llama")
+    [first, second] = plan(hub, "+suite.each={assistant_only_loss: true}")["refused"]
+    assert first.startswith("task first: its test samples are texts, and suite.tasks.first.assistant_only_loss=true")
+    assert second.startswith("task second: its test samples are texts")
 
 
 def test_seconds_are_operations_over_their_rates() -> None:
