@@ -1,4 +1,4 @@
-"""Which tokens of calibration sequences are answers, for `guidance.prompt_weight`."""
+"""Which tokens of sequences are answers, which `guidance.prompt_weight` and `assistant_only_loss` tell from prompts."""
 
 from __future__ import annotations
 

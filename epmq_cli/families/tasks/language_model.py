@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from epmq_cli.data.answers import PROMPTS
 from epmq_cli.data.batching import ALL, ANSWERS, Batch, Collate, split
 from epmq_cli.data.chats import Chat, has_chats
 from epmq_cli.data.samples import Samples
@@ -122,7 +123,7 @@ class LanguageModel(TaskAdapter):
         DataError if they then have no answers. `folder` and `processor` as for `collate`."""
         ids = self.tokens(folder, documents, processor, task.assistant_only_loss)
         if task.assistant_only_loss and not (has_chats(documents) and bool(ids[:, 1].any())):
-            kind = "conversations without an answer of the assistant" if has_chats(documents) else "texts"
+            kind = PROMPTS if has_chats(documents) else "texts"
             raise DataError(
                 f"task {task.name}: its test samples are {kind}, and suite.tasks.{task.name}.assistant_only_loss=true "
                 "counts the assistant's answers in conversations; give conversations that have them, or set it to false"
